@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all a newcomer needs; each installs what it needs into .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+SEED   ?= 0
+ARGS   ?=
+STAMP  := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: dev demo test check sanitize bench chaos gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      install, build, make a tiny base model, train it asynchronously, print the result"
+	@echo "make test      install, build, run the tests"
+	@echo "make check     ruff, ruff format, mypy --strict, kernel compile check, tests: what a commit needs"
+	@echo "make sanitize  C++ under address and undefined-behaviour sanitizers"
+	@echo "make bench     CPU benchmarks, results into benchmarks/results/"
+
+dev: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25"
+	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel "pybind11>=3.0"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: dev
+	$(BIN)/orz demo --seed $(SEED) $(ARGS)
+
+test: dev
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+
+check: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+
+bench: dev
+	$(BIN)/python -m benchmarks.run cpu $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.installed

@@ -1,0 +1,136 @@
+"""Everything that may travel between a generator and the broker, one struct a message.
+
+A lease is outstanding at a generator from its Grant until the broker has accepted, refused or re-leased it. The broker
+keeps the outstanding leases of a generator at or below the `slots` it last declared: that number is the credit, and
+because it is absolute, a lost or repeated message cannot make it drift.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from orz_async.records import Kind, Lease, Trajectory
+
+
+class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
+    pass
+
+
+class LeaseRef(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Names one attempt at one rollout."""
+
+    kind: Kind
+    rollout: int
+    attempt: int
+
+
+class Progress(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    lease: LeaseRef
+    tokens: int
+    """Work done for this lease so far, in tokens, queue waiting included as 0: a renewal needs this to grow, or
+    `queued` to be true while others of the same generator grow."""
+    queued: bool
+
+
+# Generator to broker.
+
+
+class Hello(_Message):
+    """First message after every (re)connection. The broker answers Welcome or Bye."""
+
+    name: str
+    engine: str
+    slots: int
+    vocab_size: int
+    pid: int
+
+
+class Status(_Message):
+    """Sent every heartbeat, and at once when the serving version changes."""
+
+    slots: int
+    """Leases this generator wants to hold at once, queue included. 0 while it drains."""
+    version: int
+    """Policy version being served; -1 before the first weights of this learner epoch."""
+    progress: tuple[Progress, ...]
+    """Every lease held. A lease the broker believes held and that is absent here was lost, and is sent again."""
+
+
+class Result(_Message):
+    """A finished rollout; repeated until Ack or Nack arrives."""
+
+    trajectory: Trajectory
+
+
+class Failure(_Message):
+    """The generator could not finish a lease."""
+
+    lease: LeaseRef
+    reason: str
+    returned: bool
+    """True: handed back without fault (drain, shutdown); it does not count towards quarantine."""
+
+
+class Leave(_Message):
+    """Last message of a generator that goes on purpose; all its leases are returned."""
+
+    reason: str
+
+
+# Broker to generator.
+
+
+class Welcome(_Message):
+    """What a generator needs to serve this run. A changed learner epoch (in the frame header) voids earlier leases."""
+
+    run_id: str
+    model_path: str
+    stop: tuple[str, ...]
+    weights_address: str
+    """Where the weights of this epoch are fetched (weights/stream)."""
+    version: int
+    """Newest published version."""
+    heartbeat_s: float
+    max_model_tokens: int
+    """Longest prompt plus response any lease will ask for."""
+
+
+class Grant(_Message):
+    leases: tuple[Lease, ...]
+
+
+class Ack(_Message):
+    """The result is stored; the generator may forget it."""
+
+    lease: LeaseRef
+
+
+class Nack(_Message):
+    """The result is refused and must not be sent again."""
+
+    lease: LeaseRef
+    reason: str
+
+
+class Cancel(_Message):
+    """These leases are void (re-leased or obsolete): stop working on them."""
+
+    leases: tuple[LeaseRef, ...]
+
+
+class Published(_Message):
+    """New weights can be fetched."""
+
+    version: int
+
+
+class Bye(_Message):
+    """The broker ends the conversation."""
+
+    reason: str
+    finished: bool
+    """True: the run is complete, exit 0. False: refused, exit with the reason."""
+
+
+ToBroker = Hello | Status | Result | Failure | Leave
+ToGenerator = Welcome | Grant | Ack | Nack | Cancel | Published | Bye

@@ -1,0 +1,200 @@
+"""The complete configuration of a run: frozen dataclasses, checked where they are built, no defaults from the environment.
+
+Times are in seconds, sizes in tokens unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orz_async.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    path: str = "runs/base/model"
+    """Hugging Face directory (config.json, safetensors, tokenizer) that policy and critic both start from."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of policy and critic. Master weights and optimizer states are always float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    train: str = "runs/base/train.jsonl"
+    """Prompts to train on: ORZ JSON, or JSONL with "prompt" and "answer"."""
+    heldout: str = "runs/base/heldout.jsonl"
+    """Prompts to evaluate on; they are removed from the training prompts. Empty: no evaluation."""
+    template: Literal["orz", "chat", "plain"] = "chat"
+    """How a problem becomes a prompt: the ORZ conversation, the tokenizer's own chat template, or as it is."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are left out, and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens must be positive, got {self.max_prompt_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    max_new_tokens: int = 8000
+    stop: tuple[str, ...] = ("User:", "Human:", "Assistant:", "</answer>")
+    """A response ends with the token that completes one of these; the text is kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"sampling.temperature must be positive, got {self.temperature}")
+        _require(self.max_new_tokens > 0, f"sampling.max_new_tokens must be positive, got {self.max_new_tokens}")
+        _require(all(self.stop), "sampling.stop must not hold an empty string")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrokerConfig:
+    bind: str = "tcp://127.0.0.1:0"
+    """Where generators connect; port 0 picks a free one. Only loopback is accepted without keys."""
+    prompts_per_step: int = 128
+    samples_per_prompt: int = 64
+    max_lag: int = 1
+    """S: learner versions between the policy that sampled a token and the one that trains on it. 0 is synchronous."""
+    window: int = 0
+    """W: steps a straggling rollout may slip instead of holding its step; admission is at lag S - W."""
+    lease_s: float = 30.0
+    """A rollout without progress for this long is granted again to another generator."""
+    heartbeat_s: float = 0.5
+    """Period of a generator's progress reports."""
+    max_attempts: int = 5
+    """A prompt whose rollout failed this often is quarantined and replaced."""
+    wait_generators_s: float = 600.0
+    """The learner gives up when no rollout arrives for this long."""
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """B."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def __post_init__(self) -> None:
+        _require(self.rollouts_per_step > 0, "broker.prompts_per_step and broker.samples_per_prompt must be positive")
+        _require(self.max_lag >= 0, f"broker.max_lag must be at least 0, got {self.max_lag}")
+        _require(
+            0 <= self.window <= self.max_lag,
+            f"broker.window must be between 0 and broker.max_lag = {self.max_lag}, got {self.window}",
+        )
+        _require(0 < self.heartbeat_s * 4 <= self.lease_s, "broker.lease_s must be at least four broker.heartbeat_s")
+        _require(self.max_attempts > 0, f"broker.max_attempts must be positive, got {self.max_attempts}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorConfig:
+    engine: Literal["transformers", "vllm"] = "transformers"
+    count: int = 1
+    """Daemons `orz run` starts on this machine."""
+    slots: int = 64
+    """Sequences one daemon decodes at once."""
+    queue: int = 64
+    """Leases one daemon holds beyond its slots, so that a freed slot never waits for the network."""
+    threads: int = 1
+    """CPU threads of the engine."""
+    keep_kv: bool = False
+    """Keep keys and values computed by older weights after an update, instead of computing them anew."""
+    verifiers: int = 1
+    """Processes that compare answers which the exact rules cannot settle."""
+    reconnect_s: float = 600.0
+    """A daemon whose learner stays away longer than this ends with exit code 7."""
+
+    def __post_init__(self) -> None:
+        _require(self.count > 0, f"generator.count must be positive, got {self.count}")
+        _require(self.slots > 0, f"generator.slots must be positive, got {self.slots}")
+        _require(self.queue >= 0, f"generator.queue must be at least 0, got {self.queue}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerConfig:
+    lr: float = 1e-6
+    """Policy learning rate after warm-up."""
+    critic_lr: float = 5e-6
+    warmup_steps: int = 50
+    """Learner steps over which both learning rates rise linearly from 0."""
+    policy_steps: int = 1
+    """P: optimizer steps of the policy over the rollouts of one learner step."""
+    critic_steps: int = 12
+    """K: optimizer steps of the critic over the same rollouts, one K-th of them each."""
+    gamma: float = 1.0
+    lam: float = 1.0
+    objective: Literal["ppo", "decoupled"] = "ppo"
+    """ppo clips around the policy that sampled; decoupled around the policy at the start of the step."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    behaviour_cap: float | None = None
+    """Truncation of the weight current / sampled in the decoupled objective."""
+    value_clip: float | None = 0.2
+    loss_aggregation: Literal["token", "sequence", "pack"] = "token"
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    max_tokens: int = 16384
+    """Tokens of one packed microbatch; a longer sequence gets a microbatch of its own."""
+    threads: int = 1
+    """CPU threads of one learner rank."""
+    audit_rollouts: int = 4
+    """Rollouts a step whose log-probs are recomputed under the very versions that sampled them. 0: only lag 0 is compared."""
+    mismatch_warn: float = 1e-2
+    """Largest |learner - engine| log-prob at equal weights that passes without a warning."""
+    mismatch_stop: float | None = None
+    """Above this the run stops: engine and learner do not compute the same model."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "critic_lr"):
+            _require(getattr(self, name) >= 0, f"learner.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("policy_steps", "critic_steps", "max_tokens", "threads"):
+            _require(getattr(self, name) > 0, f"learner.{name} must be positive, got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, f"learner.{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    every: int = 10
+    """Learner steps between evaluations; the first and the last version are always evaluated. 0: never."""
+    prompts: int = 200
+    """Held-out prompts scored each time (the first ones of the file, always the same)."""
+    samples: int = 1
+    """Samples per held-out prompt; accuracy is their mean."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 50
+    """Learner steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0 and self.keep > 0, "checkpoint.every and checkpoint.keep must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that decides a run. The resolved value is saved as config.toml in the run's folder."""
+
+    run_dir: str = "runs/run"
+    seed: int = 0
+    steps: int = 1000
+    """Learner steps; one step trains on prompts_per_step x samples_per_prompt rollouts."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    broker: BrokerConfig = field(default_factory=BrokerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, f"steps must be positive, got {self.steps}")
+        _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
