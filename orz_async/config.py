@@ -179,6 +179,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JournalConfig:
+    fsync: Literal["each", "interval", "none"] = "interval"
+    """When accepted rollouts survive a power cut (a killed process never loses any): before each acknowledgement, every
+    interval_s with acknowledgements held back until then, or when the operating system gets to it."""
+    interval_s: float = 0.2
+    segment_mb: int = 64
+    """Size at which the next file is begun."""
+    max_mb: int = 20_000
+    """Above this the oldest files that no kept checkpoint needs are deleted; the run stops if all are needed."""
+    min_free_mb: int = 256
+    """The run stops rather than leave less free space than this."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval_s > 0, f"journal.interval_s must be positive, got {self.interval_s}")
+        _require(self.segment_mb > 0, f"journal.segment_mb must be positive, got {self.segment_mb}")
+        _require(
+            self.max_mb >= 2 * self.segment_mb,
+            f"journal.max_mb must be at least two segments of {self.segment_mb} MB, got {self.max_mb}",
+        )
+        _require(self.min_free_mb >= 0, f"journal.min_free_mb must be at least 0, got {self.min_free_mb}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Everything that decides a run. The resolved value is saved as config.toml in the run's folder."""
 
@@ -194,6 +217,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    journal: JournalConfig = field(default_factory=JournalConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")

@@ -35,7 +35,7 @@ class Progress(msgspec.Struct, frozen=True, gc=False, array_like=True):
 # Generator to broker.
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True, gc=False):
     """First message after every (re)connection. The broker answers Welcome or Bye."""
 
     name: str
@@ -45,7 +45,7 @@ class Hello(_Message):
     pid: int
 
 
-class Status(_Message):
+class Status(_Message, frozen=True, gc=False):
     """Sent every heartbeat, and at once when the serving version changes."""
 
     slots: int
@@ -56,13 +56,13 @@ class Status(_Message):
     """Every lease held. A lease the broker believes held and that is absent here was lost, and is sent again."""
 
 
-class Result(_Message):
+class Result(_Message, frozen=True, gc=False):
     """A finished rollout; repeated until Ack or Nack arrives."""
 
     trajectory: Trajectory
 
 
-class Failure(_Message):
+class Failure(_Message, frozen=True, gc=False):
     """The generator could not finish a lease."""
 
     lease: LeaseRef
@@ -71,7 +71,7 @@ class Failure(_Message):
     """True: handed back without fault (drain, shutdown); it does not count towards quarantine."""
 
 
-class Leave(_Message):
+class Leave(_Message, frozen=True, gc=False):
     """Last message of a generator that goes on purpose; all its leases are returned."""
 
     reason: str
@@ -80,7 +80,7 @@ class Leave(_Message):
 # Broker to generator.
 
 
-class Welcome(_Message):
+class Welcome(_Message, frozen=True, gc=False):
     """What a generator needs to serve this run. A changed learner epoch (in the frame header) voids earlier leases."""
 
     run_id: str
@@ -95,36 +95,36 @@ class Welcome(_Message):
     """Longest prompt plus response any lease will ask for."""
 
 
-class Grant(_Message):
+class Grant(_Message, frozen=True, gc=False):
     leases: tuple[Lease, ...]
 
 
-class Ack(_Message):
+class Ack(_Message, frozen=True, gc=False):
     """The result is stored; the generator may forget it."""
 
     lease: LeaseRef
 
 
-class Nack(_Message):
+class Nack(_Message, frozen=True, gc=False):
     """The result is refused and must not be sent again."""
 
     lease: LeaseRef
     reason: str
 
 
-class Cancel(_Message):
+class Cancel(_Message, frozen=True, gc=False):
     """These leases are void (re-leased or obsolete): stop working on them."""
 
     leases: tuple[LeaseRef, ...]
 
 
-class Published(_Message):
+class Published(_Message, frozen=True, gc=False):
     """New weights can be fetched."""
 
     version: int
 
 
-class Bye(_Message):
+class Bye(_Message, frozen=True, gc=False):
     """The broker ends the conversation."""
 
     reason: str

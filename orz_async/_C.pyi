@@ -1,0 +1,62 @@
+"""The C++ core (csrc/): plain buffers in and out, no torch. Every function releases the GIL while it works."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview | NDArray[Any]
+
+def crc32c(data: Buffer, init: int = 0) -> int:
+    """CRC-32C of `data`, continued from `init`, the CRC of what came before."""
+
+def gae(
+    rewards: Buffer,
+    values: Buffer,
+    cu_seqlens: Buffer,
+    gamma: float,
+    lam: float,
+    mask: Buffer | None,
+    bootstrap: Buffer | None,
+    advantages: Buffer,
+    returns: Buffer,
+) -> None:
+    """float32 [N] buffers, int32 cu_seqlens [B + 1], bool mask [N], float32 bootstrap [B]; fills the last two."""
+
+def pack(lengths: list[int], max_tokens: int, num_ranks: int, cost: tuple[float, float]) -> list[list[list[int]]]:
+    """As orz_async.ops.pack, without its checks of types."""
+
+def delta_encode(new: Buffer, old: Buffer, word_bytes: int, threads: int) -> bytes:
+    """What turns `old` into `new`, words of 2 or 4 bytes; the layout is in orz_async/ops/reference/delta.py."""
+
+def delta_apply(words: Buffer, payload: Buffer, word_bytes: int, threads: int) -> None:
+    """In place; raises ValueError and leaves `words` as they were if the payload does not fit them."""
+
+def softmax_forward(
+    logits: Buffer,
+    targets: Buffer,
+    scale: float,
+    exp: Buffer | None,
+    logprobs: Buffer,
+    entropy: Buffer,
+    logsumexp: Buffer,
+    total: Buffer,
+    threads: int,
+) -> None:
+    """float32 logits [N, V], int64 targets [N], scale = 1 / temperature; fills the float32 [N] buffers, and `exp`
+    (which may be `logits`) with exp(logits * scale - their maximum), whose sums are `total`."""
+
+def softmax_backward(
+    logits: Buffer,
+    targets: Buffer,
+    scale: float,
+    logsumexp: Buffer,
+    entropy: Buffer,
+    grad_logprobs: Buffer,
+    grad_entropy: Buffer | None,
+    grad_logits: Buffer,
+    threads: int,
+) -> None:
+    """Fills `grad_logits`, which may be `logits`."""
+
+def features() -> list[str]:
+    """Instruction sets this build uses on this machine."""

@@ -1,0 +1,214 @@
+"""BrokerClient: the generator's end of the conversation, non-blocking, for one thread.
+
+A socket lives as long as one TCP connection: it never reconnects by itself, so that every connection begins with a
+Hello and the broker never hears a stranger.
+
+    CLOSED   --backoff over-->  CONNECTING  --handshake done, Hello sent-->  GREETING  --Welcome-->  SERVING
+    any but CLOSED  --connection lost, damaged frame, silence-->  CLOSED;   any  --Bye, close()-->  ENDED
+"""
+
+from __future__ import annotations
+
+import time
+from enum import Enum, auto
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from orz_async.broker import wire
+from orz_async.broker.messages import Bye, Hello, ToBroker, ToGenerator, Welcome
+from orz_async.errors import PeerLostError, WireError
+from orz_async.observe.events import EventLog
+
+_BACKOFF_S = (0.1, 2.0)
+"""First and longest wait before another connection attempt."""
+_GREETING_S = 5.0
+"""Patience for a connection and for the broker's answer to Hello."""
+_SILENT_HEARTBEATS = 3
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_LOST |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+class Phase(Enum):
+    CLOSED = auto()
+    CONNECTING = auto()
+    GREETING = auto()
+    SERVING = auto()
+    ENDED = auto()
+
+
+class BrokerClient:
+    """Each Welcome that `poll` returns marks a new connection (or a damaged frame): send the results again that were
+    not acknowledged. If `epoch` differs from before, the learner was restarted and all earlier leases are void.
+    """
+
+    def __init__(self, address: str, hello: Hello, *, reconnect_s: float, events: EventLog) -> None:
+        self.address = address
+        self.hello = hello
+        self.reconnect_s = reconnect_s
+        self.events = events
+        self.phase = Phase.CLOSED
+        self.epoch = 0
+        self.run_id = ""
+        """Empty until the first Welcome."""
+        self.waiting_since = time.monotonic()
+        """When the broker was last heard."""
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
+        self._run = wire.ANY_RUN
+        self._sequence = 0
+        self._heartbeat_s = 0.0
+        self._frame_limit = wire.HEADER_BYTES + wire.LIMITS[Hello]
+        self._deadline = 0.0
+        """Of the present phase; each frame moves it."""
+        self._backoff_s = _BACKOFF_S[0]
+
+    def poll(self, timeout_s: float) -> list[ToGenerator]:
+        """Messages that have arrived; waits for the first at most so long. PeerLostError after `reconnect_s`."""
+        now = time.monotonic()
+        if now - self.waiting_since > self.reconnect_s:
+            raise PeerLostError(
+                f"expected a broker at {self.address}, heard nothing for {now - self.waiting_since:.0f} s "
+                f"(phase {self.phase.name.lower()}); is the learner running, and is its address still the same?"
+            )
+        if self.phase is Phase.ENDED:
+            return []
+        if now >= self._deadline:
+            if self.phase is Phase.CLOSED:
+                self._open(now)
+            else:
+                self._lose("silence")
+        wait_s = max(0.0, min(timeout_s, self._deadline - now))
+        if self._socket is None:
+            time.sleep(wait_s)
+            return []
+        ready = dict(self._poller.poll(int(wait_s * 1000)))
+        received = self._receive() if self._socket in ready else []
+        if self._monitor is not None and self._monitor in ready:
+            self._watch()
+        return received
+
+    def send(self, message: ToBroker) -> bool:
+        """False if there is no connection or it is full; what matters is sent again after the next Welcome."""
+        return self.phase is Phase.SERVING and self._send(message)
+
+    def close(self) -> None:
+        """Idempotent. What was sent is given a second to leave."""
+        self._drop_socket(linger_ms=1000)
+        self.phase = Phase.ENDED
+        if not self._context.closed:
+            self._context.term()
+
+    def _open(self, now: float) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        options = {
+            zmq.LINGER: 0,
+            zmq.IMMEDIATE: 1,
+            zmq.SNDHWM: 1024,
+            zmq.RCVHWM: 1024,
+            zmq.MAXMSGSIZE: wire.MAX_TO_GENERATOR,
+            zmq.HANDSHAKE_IVL: int(_GREETING_S * 1000),
+            zmq.CONNECT_TIMEOUT: int(_GREETING_S * 1000),
+            zmq.RECONNECT_IVL: -1,
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: 30,
+            zmq.TCP_KEEPALIVE_INTVL: 10,
+            zmq.TCP_KEEPALIVE_CNT: 3,
+        }
+        for option, value in options.items():
+            socket.setsockopt(option, value)
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST)
+        self._socket = socket
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._poller.register(socket, zmq.POLLIN)
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise WireError(f"expected an address like tcp://HOST:PORT, got {self.address!r}: {error}") from error
+        self.phase, self._deadline = Phase.CONNECTING, now + _GREETING_S
+
+    def _watch(self) -> None:
+        """React to what happened to the connection."""
+        while self._monitor is not None:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            except zmq.Again:
+                return
+            if event & _LOST:
+                self._lose("the connection was closed")
+            elif self.phase is Phase.CONNECTING:
+                self._sequence = 0
+                self._send(self.hello)
+                self.phase, self._deadline = Phase.GREETING, time.monotonic() + _GREETING_S
+
+    def _receive(self) -> list[ToGenerator]:
+        received: list[ToGenerator] = []
+        while self._socket is not None:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                header, message = wire.decode_to_generator(parts[0])
+            except wire.VersionError:
+                self.close()
+                raise
+            except WireError as error:
+                self._lose(f"a damaged frame ({error})")
+                break
+            if isinstance(message, Welcome):
+                self._welcomed(header, message)
+            elif not isinstance(message, Bye) and (self.phase is not Phase.SERVING or header.epoch != self.epoch):
+                continue
+            self.waiting_since = time.monotonic()
+            self._deadline = self.waiting_since + max(_SILENT_HEARTBEATS * self._heartbeat_s, 1.0)
+            received.append(message)
+            if isinstance(message, Bye):
+                self._drop_socket(linger_ms=0)
+                self.phase = Phase.ENDED
+        return received
+
+    def _welcomed(self, header: wire.Header, welcome: Welcome) -> None:
+        self._run, self.epoch, self.run_id = header.run, header.epoch, welcome.run_id
+        self._heartbeat_s = welcome.heartbeat_s
+        self._frame_limit = wire.frame_limit(welcome.max_model_tokens)
+        self._backoff_s = _BACKOFF_S[0]
+        self.phase = Phase.SERVING
+        self.events.emit("welcomed", epoch=self.epoch, run_id=self.run_id, version=welcome.version)
+
+    def _send(self, message: ToBroker) -> bool:
+        assert self._socket is not None
+        self._sequence += 1
+        frame = wire.encode(message, run=self._run, epoch=self.epoch, sequence=self._sequence)
+        if len(frame) > self._frame_limit:
+            raise WireError(
+                f"a {type(message).__name__} of {len(frame)} bytes exceeds this run's limit of {self._frame_limit}"
+            )
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _lose(self, why: str) -> None:
+        """Give the connection up and wait before the next one."""
+        if self.phase is Phase.SERVING:
+            self.events.emit("disconnected", address=self.address, reason=why)
+        self._drop_socket(linger_ms=0)
+        self.phase, self._deadline = Phase.CLOSED, time.monotonic() + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+
+    def _drop_socket(self, linger_ms: int) -> None:
+        if self._socket is None:
+            return
+        self._poller.unregister(self._socket)
+        if self._monitor is not None:
+            self._poller.unregister(self._monitor)
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._monitor = None
+        self._socket.close(linger_ms)
+        self._socket = None

@@ -1,0 +1,152 @@
+"""The ROUTER socket and who is behind each of its connections. Frames in, messages out; no meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import zmq
+
+from orz_async.broker import wire
+from orz_async.broker.messages import Hello, ToGenerator
+from orz_async.errors import ConfigError, PortError
+
+_RATE_S = 10.0
+"""Time constant of a generator's tokens/s."""
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One TCP connection of a generator, from its Hello on."""
+
+    identity: bytes
+    hello: Hello
+    since: float
+    heard: float
+    sent: float
+    received: int = 0
+    """Sequence number of the last frame."""
+    version: int = -1
+    slots: int = 0
+    rejections: int = 0
+    tokens: int = 0
+    """Of accepted results."""
+    _rate: float = 0.0
+    _rated: float = field(default=0.0)
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
+
+    def count_tokens(self, tokens: int, now: float) -> None:
+        self._rate = self.rate(now) + tokens / _RATE_S
+        self._rated = now
+        self.tokens += tokens
+
+    def rate(self, now: float) -> float:
+        """Tokens per second of accepted results, exponentially averaged."""
+        return self._rate * math.exp((self._rated - now) / _RATE_S)
+
+
+def check_bind(address: str) -> None:
+    """Only loopback: without keys anyone who reaches the port could feed the learner."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    if parts.scheme != "tcp" or not host:
+        raise ConfigError(f"broker.bind must look like tcp://127.0.0.1:PORT, got {address!r}")
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        raise ConfigError(
+            f"broker.bind = {address!r} would listen beyond this machine, and connections are not authenticated; "
+            "bind tcp://127.0.0.1:PORT and let remote generators come through an SSH tunnel"
+        )
+
+
+class Switchboard:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], run_id: str, epoch: int, max_model_tokens: int) -> None:
+        self.run = wire.run_hash(run_id)
+        self.epoch = epoch
+        self.by_identity: dict[bytes, Connection] = {}
+        self.by_name: dict[str, Connection] = {}
+        self.broken: list[str] = []
+        """Generators whose connection turned out to be closed, until the service has dealt with it."""
+        self.unsent = 0
+        """Frames a full or closed connection did not take. The protocol repeats what matters."""
+        self._sequence = 0
+        self.socket = context.socket(zmq.ROUTER)
+        options = {
+            zmq.ROUTER_MANDATORY: 1,
+            zmq.LINGER: 1000,
+            zmq.IMMEDIATE: 1,
+            zmq.SNDHWM: 4096,
+            zmq.RCVHWM: 256,
+            zmq.MAXMSGSIZE: wire.frame_limit(max_model_tokens),
+            zmq.HANDSHAKE_IVL: 5000,
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: 30,
+            zmq.TCP_KEEPALIVE_INTVL: 10,
+            zmq.TCP_KEEPALIVE_CNT: 3,
+        }
+        for option, value in options.items():
+            self.socket.setsockopt(option, value)
+
+    def bind(self, address: str) -> str:
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            self.socket.close(0)
+            raise PortError(
+                f"expected to listen on broker.bind = {address}, found: {error.strerror}; "
+                "stop the process that holds the port or use port 0 for a free one"
+            ) from error
+        return self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def frames(self, most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        """(identity, parts) of the frames that have arrived, at most so many."""
+        for _ in range(most):
+            try:
+                identity, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield identity, parts
+
+    def connect(self, connection: Connection) -> None:
+        if old := self.by_name.pop(connection.name, None):
+            self.by_identity.pop(old.identity, None)
+        self.by_identity[connection.identity] = self.by_name[connection.name] = connection
+
+    def disconnect(self, connection: Connection) -> None:
+        self.by_identity.pop(connection.identity, None)
+        if self.by_name.get(connection.name) is connection:
+            del self.by_name[connection.name]
+
+    def send(self, name: str, message: ToGenerator, now: float) -> None:
+        connection = self.by_name.get(name)
+        if connection is None:
+            self.unsent += 1
+        elif self.send_to(connection.identity, message):
+            connection.sent = now
+        elif connection.identity not in self.by_identity:
+            self.broken.append(name)
+
+    def send_to(self, identity: bytes, message: ToGenerator) -> bool:
+        """False if the connection is full or gone; if it is gone it is forgotten."""
+        self._sequence += 1
+        frame = wire.encode(message, run=self.run, epoch=self.epoch, sequence=self._sequence)
+        try:
+            self.socket.send_multipart([identity, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            self.unsent += 1
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.unsent += 1
+            if connection := self.by_identity.get(identity):
+                self.disconnect(connection)
+            return False
+        return True
+
+    def close(self) -> None:
+        self.socket.close()

@@ -1,0 +1,114 @@
+"""Packing: which tokens one forward computes and which logits it returns, from NumPy to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orz_async.generator.attention import Prefixes, SlotBatch, split_keys
+from orz_async.generator.kv_cache import KVCache
+
+_ROUND = 8
+"""Tokens and logits come in multiples of this. Libraries multiply one to three rows by another kernel than four, and
+compute the last elements of a vector of odd length by another function: padding keeps both away from real tokens, so
+that a rollout's bits do not depend on how many others run."""
+
+_ROUND_PREFIX = 16
+"""The same for the keys of a prefix: one vector of the widest machine."""
+
+_NONE: NDArray[np.int64] = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed forward. `N` tokens, `K` of them with logits."""
+
+    tokens_1N: Tensor
+    positions_1N: Tensor
+    logits_index: Tensor
+    """[K]: packed index of each token whose logits are computed."""
+    logits_rows: Tensor
+    """For each row the caller asked for, an index into those K."""
+    slots: SlotBatch
+
+
+def pack_batch(
+    cache: KVCache,
+    *,
+    device: torch.device,
+    decode_tokens: NDArray[np.integer[Any]] = _NONE,
+    decode_positions: NDArray[np.int64] = _NONE,
+    prefixes: Sequence[NDArray[np.integer[Any]]] = (),
+    slots: Sequence[int] = (),
+    source: Sequence[int] = (),
+) -> Batch:
+    """One token each for slots 0, 1, ... and whole `prefixes`; prefix source[i] is written to slot slots[i].
+
+    The rows of the result's logits are the decode rows, then slots[0], slots[1], ...
+    """
+    rows = len(decode_tokens)
+    lengths_U = np.fromiter(map(len, prefixes), np.int64, len(prefixes))
+    starts_U = rows + np.cumsum(lengths_U) - lengths_U
+    used = rows + int(lengths_U.sum())
+    tokens_N = np.zeros(_round_up(used, _ROUND), np.int64)
+    positions_N = np.zeros(len(tokens_N), np.int64)
+    tokens_N[:rows], positions_N[:rows] = decode_tokens, decode_positions
+    for start, prefix in zip(starts_U, prefixes, strict=True):
+        tokens_N[start : start + len(prefix)] = prefix
+        positions_N[start : start + len(prefix)] = np.arange(len(prefix))
+    index = np.concatenate((np.arange(rows), starts_U + lengths_U - 1))
+    index_rows = np.concatenate((np.arange(rows), rows + np.asarray(source, np.int64)))
+    padded_index = np.zeros(_round_up(len(index), _ROUND), np.int64)
+    padded_index[: len(index)] = index
+
+    def tensor(array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    near, stragglers, far = split_keys(decode_positions) if rows else (0, _NONE, 0)
+    return Batch(
+        tokens_1N=tensor(tokens_N)[None],
+        positions_1N=tensor(positions_N)[None],
+        logits_index=tensor(padded_index),
+        logits_rows=tensor(index_rows),
+        slots=SlotBatch(
+            cache=cache,
+            num_decode=rows,
+            positions_R=tensor(positions_N[:rows]),
+            num_keys=near,
+            stragglers=tensor(stragglers) if len(stragglers) else None,
+            num_keys_stragglers=far,
+            prefixes=_prefixes(starts_U, lengths_U, slots, source, device) if prefixes else None,
+        ),
+    )
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _prefixes(
+    starts_U: NDArray[np.int64],
+    lengths_U: NDArray[np.int64],
+    slots: Sequence[int],
+    source: Sequence[int],
+    device: torch.device,
+) -> Prefixes:
+    columns_L = np.arange(_round_up(int(lengths_U.max()), _ROUND_PREFIX))
+    padded_UL = starts_U[:, None] + np.minimum(columns_L, lengths_U[:, None] - 1)
+    real_UL = columns_L < lengths_U[:, None]
+
+    def tensor(array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Prefixes(
+        padded_UL=tensor(padded_UL),
+        unpadded=tensor(np.flatnonzero(real_UL)),
+        slots=tensor(np.asarray(slots, np.int64)),
+        source=tensor(np.asarray(source, np.int64)),
+    )

@@ -1,0 +1,92 @@
+"""What the daemon needs of an inference engine, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orz_async.broker.messages import LeaseRef, Progress
+from orz_async.errors import EngineError
+from orz_async.records import Finish, Lease, Span
+
+if TYPE_CHECKING:
+    import torch
+
+
+def ref_of(lease: Lease) -> LeaseRef:
+    return LeaseRef(lease.kind, lease.rollout, lease.attempt)
+
+
+class LeaseError(EngineError):
+    """One lease cannot be finished. The engine has forgotten it and goes on with the others."""
+
+    def __init__(self, lease: LeaseRef, reason: str) -> None:
+        super().__init__(f"{lease.kind} rollout {lease.rollout} (attempt {lease.attempt}): {reason}")
+        self.lease = lease
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished response. The arrays have one element per response token."""
+
+    lease: Lease
+    response: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    """Under the policy and the temperature that sampled the token."""
+    spans: tuple[Span, ...]
+    finish: Finish
+    generate_s: float
+    """From admission to a slot until the last token."""
+
+
+class Engine(Protocol):
+    """Turns leases into samples. Not thread-safe: one loop calls it, and nothing happens between calls but waiting.
+
+    A lease is queued, then running, then gone: returned by `poll`, cancelled, or reported by a LeaseError.
+    """
+
+    @property
+    def version(self) -> int:
+        """Of the weights served; -1 before the first `apply`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of prompts and responses are below it."""
+
+    @property
+    def idle(self) -> bool:
+        """No lease is queued or running: `poll` would do nothing."""
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Since the start; it never falls."""
+
+    def submit(self, lease: Lease) -> None:
+        """Queue a lease. LeaseError if it can never run, whatever the weights."""
+
+    def cancel(self, lease: LeaseRef) -> None:
+        """Forget a lease and its tokens; nothing happens if it is not here."""
+
+    def poll(self) -> list[Sample]:
+        """Do a bounded piece of work, at most one token for each running lease; return what is finished.
+
+        Raises LeaseError for a lease whose logits are not finite. Other leases lose nothing: call again.
+        """
+
+    def apply(self, version: int, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Serve these weights from the next token on, in running leases too; return the digest of what is served.
+
+        All or nothing: EngineError, with the old weights in place, unless the tensors cover every parameter with its
+        shape and are finite.
+        """
+
+    def progress(self) -> list[Progress]:
+        """Every lease here, in a fixed order."""
+
+    def close(self) -> None:
+        """Free what is held. Idempotent."""

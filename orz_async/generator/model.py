@@ -1,0 +1,150 @@
+"""A Hugging Face causal language model over a slot cache: packed forwards, and weights swapped in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from orz_async.errors import EngineError, ModelError
+from orz_async.generator import attention
+from orz_async.generator.batch import Batch, pack_batch
+from orz_async.generator.kv_cache import KVCache
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+"""Others (chunked, linear, convolution, state space) keep a state that is not in the slot cache."""
+
+_CHECK_TOKENS = 12
+_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Of the self-check, relative to the largest logit."""
+
+
+def load_model(path: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A model from a local directory with safetensors. Code in the directory is never run."""
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(
+            f"expected a Hugging Face model directory at {path}, found no config.json there; "
+            "give the directory with --model, or make the demo's with `orz make-base`"
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"expected a causal language model at {path}, found: {error}") from error
+    model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+    return model
+
+
+class SlotModel:
+    """Forward passes of `model` for up to `slots` sequences of up to `max_tokens` tokens."""
+
+    def __init__(self, model: PreTrainedModel, *, slots: int, max_tokens: int) -> None:
+        config = model.config.get_text_config()
+        foreign = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+        if foreign:
+            raise ModelError(
+                f"expected layers that are {' or '.join(sorted(_KNOWN_LAYERS))}, found {', '.join(sorted(foreign))}; "
+                "use --engine vllm"
+            )
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and max_tokens > limit:
+            raise ModelError(
+                f"prompt and response may have {max_tokens} tokens, the model's positions end at {limit}; lower "
+                "sampling.max_new_tokens or data.max_prompt_tokens"
+            )
+        self.model = model
+        self.model.train(False).requires_grad_(False)
+        self.model.set_attn_implementation(attention.NAME)
+        self.device = model.device
+        self.vocab_size = int(config.vocab_size)
+        self.cache = KVCache(slots, max_tokens, int(config.num_hidden_layers))
+        self._check_against_plain_forward()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [rows, V]: the decode rows, then the slots of the prefixes. Keys and values go to the cache."""
+        logits_1KV = self.model(
+            input_ids=batch.tokens_1N,
+            position_ids=batch.positions_1N,
+            use_cache=False,
+            logits_to_keep=batch.logits_index,
+            slot_batch=batch.slots,
+        ).logits
+        logits_BV: Tensor = logits_1KV[0].index_select(0, batch.logits_rows)
+        return logits_BV
+
+    def load(self, tensors: Mapping[str, Tensor]) -> str:
+        """Replace every parameter and return the digest of the result; EngineError, and nothing changed, if one fails.
+
+        Tied parameters may come under any of their names. A parameter takes over the dtype of its tensor: the learner
+        decides what is served.
+        """
+        from orz_async.weights.snapshot import state_digest
+
+        parameters = dict(self.model.named_parameters())
+        given = self._match(parameters, tensors)
+        retyped = False
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.dtype != given[name].dtype:
+                    parameter.data, retyped = parameter.data.to(given[name].dtype), True
+                parameter.copy_(given[name])
+        if retyped:
+            self.cache.release()
+        return state_digest(parameters)
+
+    def _match(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensor of each parameter, checked."""
+        first_name = {id(parameter): name for name, parameter in parameters.items()}
+        aliases = {
+            name: first_name[id(parameter)] for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
+        given: dict[str, Tensor] = {}
+        for alias, tensor in tensors.items():
+            name = aliases.get(alias)
+            if name is None:
+                raise EngineError(f"unexpected tensor {alias!r}: the model has no parameter of that name")
+            if tensor.shape != parameters[name].shape:
+                raise EngineError(
+                    f"tensor {alias!r}: expected shape {tuple(parameters[name].shape)}, found {tuple(tensor.shape)}"
+                )
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise EngineError(f"tensor {alias!r} ({tensor.dtype}) has values that are not finite numbers")
+            if name in given and not torch.equal(given[name], tensor):
+                raise EngineError(f"tensor {alias!r} differs from the one it is tied to, {name!r}")
+            given[name] = tensor
+        if missing := [name for name in parameters if name not in given]:
+            raise EngineError(f"{len(missing)} of {len(parameters)} parameters are missing, first {missing[0]!r}")
+        return given
+
+    def _check_against_plain_forward(self) -> None:
+        """Compare a prefill and decode steps with transformers' own attention: proof that this architecture fits."""
+        length = min(_CHECK_TOKENS, self.cache.max_tokens)
+        tokens = torch.arange(1, length + 1) * 7919 % self.vocab_size
+        split = max(length // 2, 1)
+        steps = [pack_batch(self.cache, prefixes=[tokens[:split].numpy()], slots=[0], source=[0], device=self.device)]
+        for position in range(split, length):
+            last, at = tokens[position : position + 1].numpy(), torch.tensor([position]).numpy()
+            steps.append(pack_batch(self.cache, decode_tokens=last, decode_positions=at, device=self.device))
+        found = torch.cat([self.forward(step) for step in steps]).float()
+        self.model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            plain = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0, split - 1 :].float()
+        self.model.set_attn_implementation(attention.NAME)
+        error = float((found - plain).abs().max() / plain.abs().max().clamp(min=1.0))
+        if not error <= _CHECK_TOLERANCE.get(self.model.dtype, 1e-1):
+            raise ModelError(
+                f"{type(self.model).__name__} computes other logits over the slot cache than by itself (relative "
+                f"difference {error:.1e}): its attention is of a kind this engine does not know; use --engine vllm"
+            )

@@ -1,0 +1,87 @@
+"""The command line and environment of every process of a run. Pure: `--dry-run` prints what this returns."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orz_async.config import Config
+from orz_async.config_toml import to_toml
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """Added to the launcher's own environment."""
+
+    def __str__(self) -> str:
+        return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What a supervisor starts."""
+
+    learner: Command
+    ranks: int
+    generators: tuple[Command, ...]
+    """The address of the learner follows --connect and is not known before it listens: ADDRESS stands for it."""
+
+
+ADDRESS = "ADDRESS"
+
+
+def connected(command: Command, address: str) -> Command:
+    """The command with the learner's address in place."""
+    return Command(command.name, tuple(address if word == ADDRESS else word for word in command.argv), command.env)
+
+
+def threads(count: int) -> dict[str, str]:
+    # Every numeric library sizes its own pool at import: processes that each take all cores slow each other down.
+    pools = {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return pools | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def learner(config: Config, ranks: int) -> Command:
+    # --standalone: a rendezvous port of its own, so that two runs on one machine do not meet.
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    argv += ["-m", "orz_async.learner", str(Path(config.run_dir) / "config.toml")]
+    return Command("learner", tuple(argv), threads(config.learner.threads))
+
+
+def generator(config: Config, index: int) -> Command:
+    settings = config.generator
+    options = {
+        "--connect": ADDRESS,
+        "--name": f"g{index}",
+        "--run-dir": config.run_dir,
+        "--engine": settings.engine,
+        "--slots": settings.slots,
+        "--queue": settings.queue,
+        "--threads": settings.threads,
+        "--verifiers": settings.verifiers,
+        "--reconnect-s": settings.reconnect_s,
+    }
+    argv = [sys.executable, "-m", "orz_async.generator"]
+    argv += [str(word) for option in options.items() for word in option]
+    if settings.keep_kv:
+        argv.append("--keep-kv")
+    return Command(f"generator-g{index}", tuple(argv), threads(settings.threads))
+
+
+def commands(config: Config, ranks: int) -> Commands:
+    daemons = tuple(generator(config, index) for index in range(config.generator.count))
+    return Commands(learner(config, ranks), ranks, daemons)
+
+
+def dry_run(config: Config, ranks: int) -> str:
+    """The resolved configuration and what would be started. The whole is TOML: it can be saved and run."""
+    all_of_it = commands(config, ranks)
+    lines = [f"# {command}" for command in (all_of_it.learner, *all_of_it.generators)]
+    note = f"# Would start, with {ADDRESS} read from {config.run_dir}/address once the learner listens:"
+    return "\n".join([to_toml(config), note, *lines])

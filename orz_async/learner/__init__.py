@@ -1,0 +1,23 @@
+"""Policy and critic, PPO, checkpoints: the ranks that `torchrun -m orz_async.learner` starts.
+
+consumes  B scored trajectories a step (broker), a Hugging Face directory to start from, prompts for the broker it hosts
+produces  weights of version v + 1 after step v (weights), a "step" event, checkpoints, at the end a Hugging Face
+          directory
+
+The way of one step through the folder::
+
+    loop.py      take ──► publish ──► checkpoint ──► evaluate      rank 0 decides, the others follow (follower.py)
+       │
+    trainer.py   values ──► advantages ──► policy update │ critic update          every rank, same order of collectives
+       │            batch.py        trajectories, flat arrays of the step, packed microbatches
+       │            advantage.py    rewards, GAE, whitening, loss weights: pure functions
+       │            model.py        policy and critic: backbone, response rows, head inside the root module
+       │            attention.py    packed tokens in, causal attention within each sequence
+       │            optim.py        AdamW, warm-up, clipping, the check that nothing is infinite
+    parallel.py  ranks: broadcast, sums, keepalive, FSDP2
+    checkpoint.py, export.py, report.py, audit.py
+
+Beside the axes of the package: ``M`` response tokens of a packed microbatch, ``R`` response tokens of the whole step in
+rollout order. Row M of a microbatch is the state before response token M: its hidden state predicts that token, and its
+value is the value of the prefix without it.
+"""

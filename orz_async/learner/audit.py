@@ -1,0 +1,78 @@
+"""Does the engine sample from the weights the learner published? A few rollouts a step are scored again to find out.
+
+A token of lag 0 is compared for nothing, in the policy update itself. With S >= 1 hardly any token has lag 0, so rank 0
+keeps the last S + 1 versions and recomputes some rollouts under the very versions that sampled each of their tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orz_async.config import Config
+from orz_async.learner.batch import StepBatch, make_microbatch, pack_part
+from orz_async.learner.lag_table import LagTable
+from orz_async.learner.model import Policy
+from orz_async.learner.parallel import like
+
+_MAX_BYTES = 1 << 30
+"""Of all copies together; a model too large for that is compared at lag 0 only."""
+_AUDIT = 3  # beside the permutations of policy and critic
+
+
+class Auditor:
+    """Rank 0 only. Nothing here changes what is trained."""
+
+    def __init__(self, config: Config, policy: Policy, device: torch.device) -> None:
+        size = sum(p.numel() * p.element_size() for p in policy.parameters())
+        self.enabled = config.learner.audit_rollouts > 0 and size * (config.broker.max_lag + 2) <= _MAX_BYTES
+        self._config = config
+        self._device = device
+        self._versions: dict[int, dict[str, Tensor]] = {}
+        if self.enabled:
+            self._policy = copy.deepcopy(policy).to(device)
+
+    def remember(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy a version that is being published; versions no token may have any more are forgotten."""
+        self._versions[version] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+        for old in [v for v in self._versions if v < version - self._config.broker.max_lag - 1]:
+            del self._versions[old]
+
+    def audit(self, batch: StepBatch, table: LagTable) -> None:
+        """Add |learner - engine| log-prob of some rollouts to the mismatch of the step."""
+        learner = self._config.learner
+        if not self.enabled:
+            return
+        count = min(learner.audit_rollouts, batch.num_sequences)
+        rng = np.random.default_rng([self._config.seed, batch.version, _AUDIT])
+        chosen = sorted(rng.choice(batch.num_sequences, count, replace=False).tolist())
+        [bins] = pack_part(batch, chosen, max_tokens=learner.max_tokens, num_ranks=1, attention_cost=0.0)
+        for members in bins:
+            self._compare(batch, members, table)
+
+    def _compare(self, batch: StepBatch, members: list[int], table: LagTable) -> None:
+        micro = make_microbatch(batch, members, self._device)
+        lag_M = torch.from_numpy(batch.lag_R)[micro.step_rows_M.cpu()]
+        # Lag 0 is in the table already. With kept keys and values, later spans were computed by mixed weights.
+        wanted_M = lag_M > 0
+        if self._config.generator.keep_kv:
+            first_B = {b: int(batch.lag_R[batch.cu_responses_B1[b]]) for b in members}
+            wanted_M &= lag_M == torch.tensor([first_B[b] for b in members]).repeat_interleave(micro.response_lengths_b)
+        for lag in sorted(set(lag_M[wanted_M].tolist())):
+            state = self._versions.get(batch.version - lag)
+            if state is None:
+                continue  # the versions before a resume are not kept
+            self._load(state)
+            with torch.no_grad():
+                logprobs_M, _ = self._policy(micro, temperature=self._config.sampling.temperature)
+            delta_M = (logprobs_M - micro.sampled_logprobs_M).cpu()
+            table.add_mismatch(delta_M[wanted_M & (lag_M == lag)])
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._policy.named_parameters():
+                parameter.copy_(like(state[name], parameter))

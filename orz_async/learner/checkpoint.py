@@ -1,0 +1,243 @@
+"""Checkpoints that are whole or absent, also across kill -9.
+
+Commit: fresh temporary directory -> tensors, ledger -> manifest with size and sha256 of each -> fsync of files and
+directory -> rename -> fsync of the parent -> LATEST replaced atomically -> only then older ones are pruned. The loader
+trusts nothing but a manifest that matches its files, walks back to the newest one that does, and says what was wrong
+with the others. Tensors are safetensors, whole and under their Hugging Face names: any number of ranks can resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orz_async.config import Config
+from orz_async.errors import CheckpointError, DiskError
+from orz_async.learner.durable import Identity, replace_file, sync_directory, sync_file
+from orz_async.learner.parallel import full_parameters, like
+from orz_async.learner.trainer import Trainer
+
+_LAYOUT = 1
+_TENSOR_FILES = ("policy", "critic", "policy_optimizer", "critic_optimizer", "rng")
+_LEDGER = "ledger.bin"
+_FILES = {f"{name}.safetensors" for name in _TENSOR_FILES} | {_LEDGER}
+_MAX_MANIFEST_BYTES = 1 << 20
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a checkpoint holds; the last file written into it."""
+
+    layout: int
+    run_id: str
+    epoch: int
+    """Of the learner that wrote it."""
+    step: int
+    """Learner steps done."""
+    version: int
+    """Policy version these weights are."""
+    world: int
+    """Ranks that wrote it."""
+    config_hash: str
+    config: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
+
+    path: Path
+    manifest: Manifest
+    damaged: list[str] = field(default_factory=list)
+
+    def ledger(self) -> bytes:
+        return (self.path / _LEDGER).read_bytes()
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def save(trainer: Trainer, *, run_dir: Path, identity: Identity, ledger: bytes) -> Path:
+    """All ranks. Only rank 0 writes; the others take part in gathering and pass anything as `ledger`."""
+    root = folder(run_dir)
+    final = root / f"step-{trainer.num_steps:08d}"
+    if not trainer.world.is_first:
+        for _ in _states(trainer):
+            pass
+        return final
+    temporary = root / f".saving-{trainer.num_steps:08d}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary, trainer, identity, ledger)
+        if final.exists():
+            # The same step of an earlier epoch: what it holds is about to be replaced by its equal.
+            _discard(final)
+        temporary.rename(final)
+        sync_directory(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DiskError(
+            f"{final}: expected to write a checkpoint, found: {error}; earlier checkpoints are untouched: "
+            "free space and start the same command again"
+        ) from error
+    replace_file(root / "LATEST", f"{final.name}\n".encode())
+    _prune(root, trainer.config.checkpoint.keep)
+    return final
+
+
+def _write(directory: Path, trainer: Trainer, identity: Identity, ledger: bytes) -> None:
+    for name, tensors in _states(trainer):
+        save_file(tensors, directory / f"{name}.safetensors")
+    (directory / _LEDGER).write_bytes(ledger)
+    records = {
+        name: FileRecord(size=(directory / name).stat().st_size, sha256=_sha256(directory / name)) for name in _FILES
+    }
+    config = plain(trainer.config)
+    manifest = Manifest(
+        layout=_LAYOUT,
+        run_id=identity.run_id,
+        epoch=identity.epoch,
+        step=trainer.num_steps,
+        version=trainer.num_steps,
+        world=trainer.world.size,
+        config_hash=hashlib.sha256(msgspec.json.encode(config, order="sorted")).hexdigest(),
+        config=config,
+        files=dict(sorted(records.items())),
+    )
+    (directory / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    for path in directory.iterdir():
+        sync_file(path)
+    sync_directory(directory)
+
+
+def _states(trainer: Trainer) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All ranks, exhausting it: one file's tensors after the other, whole; the other ranks keep none of them."""
+    yield "policy", _collect(trainer, full_parameters(trainer.policy))
+    yield "critic", _collect(trainer, full_parameters(trainer.critic))
+    yield "policy_optimizer", _collect(trainer, trainer.policy_optimizer.full_state())
+    yield "critic_optimizer", _collect(trainer, trainer.critic_optimizer.full_state())
+    rng = trainer.world.gather(torch.get_rng_state())
+    yield "rng", {f"cpu.{rank}": state for rank, state in enumerate(rng)}
+
+
+def _collect(trainer: Trainer, named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    for name, tensor in named:
+        if trainer.world.is_first:
+            kept[name] = tensor.cpu().contiguous()
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Renamed first, so that a directory half deleted never has the name of a checkpoint."""
+    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for path in _newest_first(root)[keep:]:
+        _discard(path)
+    for path in root.glob(".*ing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted((p for p in root.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+
+
+def find(run_dir: Path) -> Found | None:
+    """The newest checkpoint that verifies; None in a fresh folder. CheckpointError if there are some and none does."""
+    damaged: list[str] = []
+    for path in _newest_first(folder(run_dir)):
+        try:
+            return Found(path, verify(path), damaged)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        told = "; ".join(damaged)
+        raise CheckpointError(
+            f"{folder(run_dir)}: expected a checkpoint that verifies, found {len(damaged)} damaged: {told}. "
+            "Restore one from a backup, or choose another run_dir to start anew"
+        )
+    return None
+
+
+def verify(path: Path) -> Manifest:
+    """Every file of the manifest is there, as long and as it was written; CheckpointError says which one is not."""
+    try:
+        with (path / "manifest.json").open("rb") as file:
+            manifest = msgspec.json.decode(file.read(_MAX_MANIFEST_BYTES), type=Manifest)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no manifest.json") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path}: manifest.json cannot be read: {error}") from error
+    if manifest.layout != _LAYOUT or manifest.files.keys() != _FILES:
+        raise CheckpointError(
+            f"{path}: expected layout {_LAYOUT} with {sorted(_FILES)}, found layout {manifest.layout} with "
+            f"{sorted(manifest.files)}; another version of this package wrote it"
+        )
+    for name, record in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != record.size:
+                raise CheckpointError(f"{path}: {name} has {size} bytes, written were {record.size}")
+            if _sha256(path / name) != record.sha256:
+                raise CheckpointError(f"{path}: {name} does not have the sha256 it was written with")
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name}: {error.strerror}") from error
+    return manifest
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """All ranks, each reading the whole files: weights, optimizers, step, and the random state of its own rank."""
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
+    for name, module in (("policy", trainer.policy), ("critic", trainer.critic)):
+        parameters = dict(module.named_parameters())
+        shapes = {key: tuple(p.shape) for key, p in parameters.items()}
+        found = {key: tuple(t.shape) for key, t in tensors[name].items()}
+        if shapes != found:
+            differ = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+            raise CheckpointError(
+                f"{path}: expected the {name} of model.path, found other tensors: {differ[:4]}; set model.path to the "
+                "model this run began with"
+            )
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(like(tensors[name][key], parameter))
+    trainer.policy_optimizer.load(tensors["policy_optimizer"])
+    trainer.critic_optimizer.load(tensors["critic_optimizer"])
+    state = tensors["rng"].get(f"cpu.{trainer.world.rank}")
+    if state is not None:
+        torch.set_rng_state(state)
+    trainer.num_steps = int(path.name.removeprefix("step-"))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """As JSON would give it back."""
+    return msgspec.json.decode(msgspec.json.encode(dataclasses.asdict(config)), type=dict[str, Any])

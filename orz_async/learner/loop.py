@@ -1,0 +1,164 @@
+"""The learner's loop on rank 0. It reads as the algorithm; the other ranks do as they are told (`follower.py`).
+
+consumes  B trajectories a step from `services.rollouts`   waits for  their arrival, bounded by the broker
+produces  version v + 1 after step v, checkpoints, events   waits for  nothing, except the last evaluation, bounded
+ends      after `steps` learner steps; on a signal (saved, exit 130); on an error (checkpoints untouched)
+
+::
+
+    take ─► begin ─► update policy ─► publish v+1 ─► update critic ─► audit ─► checkpoint when due ─► take ...
+             values,                   │ the weights travel, and generators
+             advantages                ▼ work on, while the critic trains
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from orz_async.config import Config
+from orz_async.errors import DiskError, Interrupted, NumericError, PeerLostError
+from orz_async.learner import checkpoint
+from orz_async.learner.audit import Auditor
+from orz_async.learner.export import export
+from orz_async.learner.follower import Command, encode_rollouts
+from orz_async.learner.lag_table import LagTable
+from orz_async.learner.parallel import full_parameters
+from orz_async.learner.report import evaluation_fields, step_fields
+from orz_async.learner.services import Services
+from orz_async.learner.trainer import Trainer
+from orz_async.records import Trajectory
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """One run of the loop from wherever `trainer` stands."""
+
+    def __init__(self, config: Config, trainer: Trainer, auditor: Auditor, services: Services) -> None:
+        self.config = config
+        self.trainer = trainer
+        self.auditor = auditor
+        self.services = services
+        self._saved_step = -1 if trainer.num_steps == 0 else trainer.num_steps
+        self._evaluating: list[int] = []
+
+    def run(self) -> None:
+        """All steps that are left. Errors of the update itself are raised on every rank, and nobody is told; in any
+        other case the others are between two messages, and are let go."""
+        try:
+            self.publish(self.trainer.num_steps)
+            while self.trainer.num_steps < self.config.steps:
+                self.learn(self.take())
+                if self.trainer.num_steps % self.config.checkpoint.every == 0:
+                    self.save()
+                self.collect_evaluations()
+            self.finish()
+        except Interrupted:
+            self.save()
+            self.trainer.world.send(Command.END)
+            raise
+        except (PeerLostError, DiskError):
+            self.trainer.world.send(Command.END)
+            raise
+        self.trainer.world.send(Command.END)
+
+    def take(self) -> list[Trajectory]:
+        with (
+            self.services.timeline.state("wait_rollouts"),
+            self.trainer.world.keepalive(),
+            self.services.stop.waiting(),
+        ):
+            return self.services.rollouts.take(self.trainer.num_steps)
+
+    def learn(self, trajectories: list[Trajectory]) -> None:
+        """One learner step, its weights on their way before the critic trains."""
+        timeline, trainer = self.services.timeline, self.trainer
+        trainer.world.send(Command.LEARN, encode_rollouts(trajectories))
+        before = timeline.totals()
+        with timeline.state("values"):
+            step = trainer.begin(trajectories)
+        with timeline.state("policy"):
+            policy, table = trainer.update_policy(step)
+        self.publish(trainer.num_steps + 1)
+        with timeline.state("critic"):
+            critic = trainer.update_critic(step)
+        with timeline.state("audit"):
+            self.auditor.audit(step.batch, table)
+        seconds = {name: total - before.get(name, 0.0) for name, total in timeline.totals().items()}
+        spent = {name: s for name, s in seconds.items() if s > 0}
+        self.services.events.emit(
+            "step", **step_fields(step, policy, table, critic), seconds=spent, step_s=sum(spent.values())
+        )
+        self.check_mismatch(table)
+
+    def publish(self, version: int) -> None:
+        """Offer the policy as it is. At a first version the others are not in `learn` and are told to gather."""
+        services = self.services
+        with services.timeline.state("publish"):
+            if version == self.trainer.num_steps:
+                self.trainer.world.send(Command.GATHER)
+            named = full_parameters(self.trainer.policy)
+            if self.auditor.enabled:
+                whole = list(named)
+                self.auditor.remember(version, whole)
+                named = iter(whole)
+            services.weights.publish(version, named)
+            if self.evaluation_due(version):
+                services.rollouts.evaluate(version)
+                self._evaluating.append(version)
+            services.rollouts.published(version)
+
+    def evaluation_due(self, version: int) -> bool:
+        every = self.config.eval.every
+        return bool(every and self.config.data.heldout) and (version % every == 0 or version == self.config.steps)
+
+    def collect_evaluations(self) -> None:
+        """Report the evaluations that are complete; those that are not never hold the loop."""
+        for version in [v for v in self._evaluating if self.services.rollouts.evaluation_ready(v)]:
+            self.report_evaluation(version, timeout_s=0.0)
+
+    def report_evaluation(self, version: int, *, timeout_s: float) -> None:
+        trajectories = self.services.rollouts.evaluation(version, timeout_s)
+        self._evaluating.remove(version)
+        if trajectories:
+            self.services.events.emit("eval", **evaluation_fields(version, trajectories))
+
+    def save(self) -> None:
+        """Nothing to do where the last checkpoint already stands at this step."""
+        services, trainer = self.services, self.trainer
+        if trainer.num_steps == self._saved_step:
+            return
+        with services.timeline.state("checkpoint"):
+            before = services.timeline.totals().get("checkpoint", 0.0)
+            trainer.world.send(Command.SAVE)
+            ledger = services.rollouts.snapshot()
+            path = checkpoint.save(trainer, run_dir=services.run_dir, identity=services.identity, ledger=ledger)
+            self._saved_step = trainer.num_steps
+            seconds = services.timeline.totals()["checkpoint"] - before
+        services.events.emit("checkpoint", step=trainer.num_steps, path=path.name, seconds=seconds)
+
+    def finish(self) -> None:
+        """Save, export, and wait for the evaluations that are still under way."""
+        services = self.services
+        self.save()
+        with services.timeline.state("export"):
+            self.trainer.world.send(Command.EXPORT)
+            export(self.trainer, source=Path(self.config.model.path), target=services.run_dir / "export")
+        with services.timeline.state("wait_eval"), self.trainer.world.keepalive(), services.stop.waiting():
+            for version in list(self._evaluating):
+                self.report_evaluation(version, timeout_s=self.config.broker.wait_generators_s)
+
+    def check_mismatch(self, table: LagTable) -> None:
+        worst, mean, tokens = table.mismatch()
+        stop = self.config.learner.mismatch_stop
+        if worst <= self.config.learner.mismatch_warn:
+            return
+        found = f"|learner - engine| log-prob up to {worst:.3g} (mean {mean:.3g} over {tokens} tokens of equal weights)"
+        self.services.events.emit("mismatch", max=worst, mean=mean, tokens=tokens)
+        log.warning("expected at most %g, found %s", self.config.learner.mismatch_warn, found)
+        if stop is not None and worst > stop:
+            raise NumericError(
+                f"expected engine and learner to compute the same model, found {found}, above learner.mismatch_stop = "
+                f"{stop}; compare dtypes, attention and temperature of both sides"
+            )

@@ -1,0 +1,88 @@
+"""One optimizer step: learning rate, gradient norm, the check that nothing is infinite, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from orz_async.errors import CheckpointError, NumericError
+from orz_async.learner.parallel import full_tensor, like
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def warmed_up(lr: float, step: int, warmup_steps: int) -> float:
+    """Learning rate of learner step `step` (from 0): linear up to `lr` at step `warmup_steps` - 1, then constant."""
+    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+
+
+class Optimizer:
+    """AdamW over the parameters of one module, with float32 states."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        lr: float,
+        warmup_steps: int,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float,
+    ) -> None:
+        self.name = name
+        self.lr = lr
+        self._warmup_steps = warmup_steps
+        self._grad_clip = grad_clip
+        self._named = dict(module.named_parameters())
+        self._adam = torch.optim.AdamW(
+            list(self._named.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    def step(self, learner_step: int, loss: float) -> float:
+        """Apply the accumulated gradients; returns their norm before clipping. `loss` is summed over ranks.
+
+        Both numbers are equal on all ranks, so either all of them take the step or all raise.
+        """
+        grads = [p.grad for p in self._named.values() if p.grad is not None]
+        norm = full_tensor(get_total_norm(grads))
+        grad_norm = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NumericError(
+                f"{self.name}: expected a finite loss and gradient in learner step {learner_step}, found loss {loss} "
+                f"and gradient norm {grad_norm}; the weights were not touched: lower the learning rate, or look at the "
+                "rollouts of this step in the journal"
+            )
+        if grad_norm > self._grad_clip:
+            clip_grads_with_norm_(list(self._named.values()), self._grad_clip, norm)
+        for group in self._adam.param_groups:
+            group["lr"] = warmed_up(self.lr, learner_step, self._warmup_steps)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All ranks, exhausting it: moments and step counts, whole; nothing before the first step."""
+        for name, parameter in self._named.items():
+            state = self._adam.state.get(parameter)
+            if state:
+                yield f"step.{name}", state["step"]
+                for moment in _MOMENTS:
+                    yield f"{moment}.{name}", full_tensor(state[moment])
+
+    def load(self, full: dict[str, Tensor]) -> None:
+        """Inverse of `full_state`, onto any number of ranks."""
+        wanted = {f"{kind}.{name}" for kind in ("step", *_MOMENTS) for name in self._named}
+        if full and full.keys() != wanted:
+            raise CheckpointError(
+                f"{self.name} optimizer: expected the states of {len(self._named)} parameters, found other names: "
+                f"{sorted(full.keys() ^ wanted)[:4]}; the checkpoint belongs to another model"
+            )
+        for name, parameter in self._named.items() if full else ():
+            self._adam.state[parameter] = {"step": full[f"step.{name}"].clone()} | {
+                moment: like(full[f"{moment}.{name}"], parameter).clone() for moment in _MOMENTS
+            }

@@ -1,0 +1,195 @@
+"""Ranks: messages from rank 0 to the others, sums in a fixed order, sharding. One rank needs no process group at all.
+
+Rank 0 alone talks to the outside. The others wait for its next message; while it waits for rollouts, a thread sends
+them keepalives, so that a long wait there never looks like a lost peer here. Messages are bytes in uint8 tensors:
+torch's object collectives unpickle what arrives, and are not used.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from orz_async.errors import PeerLostError
+
+KEEPALIVE = 0
+"""Message kind that `receive` passes over; users number theirs from 1."""
+
+_MAX_MESSAGE_BYTES = 1 << 36
+KEEPALIVE_PERIOD_S = 5.0
+TIMEOUT_S = 600.0
+"""Of any collective: far above a keepalive period and a checkpoint, so that it only ends a wait for a dead rank."""
+
+
+class Message(NamedTuple):
+    kind: int
+    payload: bytes
+
+
+class World:
+    """This process among the ranks of one learner. Methods that say "all ranks" are called by all in the same order."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, control: dist.ProcessGroup | None) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self._control = control
+        """gloo, for messages and host tensors; None without a process group."""
+
+    @classmethod
+    def single(cls) -> World:
+        return cls(0, 1, torch.device("cpu"), None)
+
+    @classmethod
+    def start(cls, *, need_group: bool = False, timeout_s: float = TIMEOUT_S) -> World:
+        """From torchrun's environment; NCCL where every rank has a GPU, gloo otherwise."""
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
+        device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        if size == 1 and not need_group:
+            return cls(0, 1, device, None)
+        timeout = timedelta(seconds=timeout_s)
+        backend = "nccl" if on_gpu else "gloo"
+        if size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        return cls(rank, size, device, dist.new_group(backend="gloo", timeout=timeout))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def close(self) -> None:
+        if self._control is not None:
+            self._control = None
+            dist.destroy_process_group()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Rank 0: give every other rank one message."""
+        if self.size == 1:
+            return
+        dist.broadcast(torch.tensor([kind, len(payload)]), src=0, group=self._control)
+        if payload:
+            # bytearray: torch warns about memory that is read-only, and copies nothing here either.
+            dist.broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8), src=0, group=self._control)
+
+    def receive(self) -> Message:
+        """Other ranks: the next message, however long rank 0 waits before it sends one."""
+        while True:
+            try:
+                message = self._receive()
+            except RuntimeError as error:  # torch.distributed raises nothing narrower when a peer is gone
+                raise PeerLostError(
+                    f"rank {self.rank} expected a message from rank 0, found it gone: {error}"
+                ) from error
+            if message.kind != KEEPALIVE:
+                return message
+
+    def _receive(self) -> Message:
+        header = torch.zeros(2, dtype=torch.int64)
+        dist.broadcast(header, src=0, group=self._control)
+        kind, size = header.tolist()
+        assert 0 <= size <= _MAX_MESSAGE_BYTES, f"message of {size} bytes"
+        payload = torch.empty(size, dtype=torch.uint8)
+        if size:
+            dist.broadcast(payload, src=0, group=self._control)
+        return Message(kind, payload.numpy().tobytes())
+
+    @contextmanager
+    def keepalive(self, period_s: float = KEEPALIVE_PERIOD_S) -> Iterator[None]:
+        """Rank 0: while the block waits for something outside, tell the others that it lives."""
+        if self.size == 1:
+            yield
+            return
+        done = threading.Event()
+        lost: list[RuntimeError] = []
+
+        def tell() -> None:
+            while not done.wait(period_s):
+                try:
+                    self.send(KEEPALIVE)
+                except RuntimeError as error:  # torch.distributed raises nothing narrower when a peer is gone
+                    lost.append(error)
+                    return
+
+        thread = threading.Thread(target=tell, name="keepalive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if lost:
+            raise PeerLostError(f"expected {self.size - 1} other learner ranks to live, lost one: {lost[0]}") from lost[
+                0
+            ]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All ranks: the sum over ranks, in place and equal on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def gather(self, vector: Tensor) -> list[Tensor]:
+        """All ranks: everybody's host vector in rank order; the vectors have equal sizes."""
+        if self.size == 1:
+            return [vector]
+        rows = [torch.empty_like(vector) for _ in range(self.size)]
+        dist.all_gather(rows, vector, group=self._control)
+        return rows
+
+    def shard(self, module: nn.Module, layers: nn.ModuleList, *, dtype: torch.dtype) -> None:
+        """Move to the device; with several ranks or a compute type below float32, FSDP2 by layer.
+
+        The parameters stay float32 shards; forward and backward run in `dtype`, gradients are reduced in float32.
+        Gradients are summed, not averaged: the losses are already divided by counts over all ranks.
+        """
+        module.to(self.device)
+        if self.size == 1 and dtype == torch.float32:
+            return
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in [*layers, module]:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All ranks, exhausting it: every parameter whole, one after the other, under its Hugging Face name.
+
+    A tied parameter appears once. Without sharding these are the parameters themselves, not copies.
+    """
+    for name, parameter in module.named_parameters():
+        yield name, full_tensor(parameter.detach())
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All ranks: the whole of a sharded tensor; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(full: Tensor, reference: Tensor) -> Tensor:
+    """`full` laid out as `reference` is. Every rank holds all of `full`, so nothing is sent."""
+    if isinstance(reference, DTensor):
+        mesh: DeviceMesh = reference.device_mesh
+        moved = full.to(device=mesh.device_type, dtype=reference.dtype)
+        return distribute_tensor(moved, mesh, reference.placements, src_data_rank=None)
+    return full.to(device=reference.device, dtype=reference.dtype)

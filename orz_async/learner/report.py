@@ -1,0 +1,57 @@
+"""The "step" and "eval" events: what one learner step and one evaluation say of themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from orz_async.learner.advantage import explained_variance
+from orz_async.learner.lag_table import LagTable
+from orz_async.learner.trainer import Step, UpdateReport
+from orz_async.records import Trajectory
+
+
+def rollout_fields(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    lengths = [t.num_response_tokens for t in trajectories]
+    return {
+        "rollouts": len(trajectories),
+        "length_mean": float(np.mean(lengths)),
+        "length_max": max(lengths),
+        "truncated_fraction": sum(t.finish == "length" for t in trajectories) / len(trajectories),
+        "verdicts": dict(sorted(Counter(t.verdict for t in trajectories).items())),
+    }
+
+
+def step_fields(step: Step, policy: UpdateReport, table: LagTable, critic: UpdateReport) -> dict[str, Any]:
+    batch = step.batch
+    mismatch_max, mismatch_mean, mismatch_tokens = table.mismatch()
+    # Both stats add up the losses of all optimizer steps; what is reported is their mean.
+    return rollout_fields(batch.trajectories) | {
+        "step": batch.version,
+        "version": batch.version + 1,
+        "reward_mean": float(batch.rewards_B.double().mean()),
+        "tokens_trained": batch.num_response_tokens,
+        "lag_max": int(batch.lag_R.max()),
+        "lag_mean": float(batch.lag_R.mean()),
+        "lag_histogram": table.histogram,
+        "by_lag": table.means(),
+        "policy": policy.stats | {"loss": float(np.mean(policy.losses))},
+        "value": critic.stats | {"loss": float(np.mean(critic.losses))},
+        "grad_norm": float(np.mean(policy.grad_norms)),
+        "critic_grad_norm": float(np.mean(critic.grad_norms)),
+        "lr": policy.lr,
+        "critic_lr": critic.lr,
+        "mismatch_max": mismatch_max,
+        "mismatch_mean": mismatch_mean,
+        "mismatch_tokens": mismatch_tokens,
+        "explained_variance": explained_variance(step.values_R, step.returns_R),
+        "losses": {"policy": policy.losses, "value": critic.losses},
+    }
+
+
+def evaluation_fields(version: int, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    accuracy = float(np.mean([t.reward for t in trajectories]))
+    return {"version": version, "accuracy": accuracy} | rollout_fields(trajectories)

@@ -1,0 +1,34 @@
+"""The numeric ops of PPO, one name each, whatever computes them (`ORZ_BACKEND=auto|reference|cpu|triton|cuda`).
+
+consumes  packed tensors: log-probs, advantages, values, hidden states; lengths; versions of a weight tensor
+produces  losses with gradients and statistics, advantages, microbatches, deltas
+
+`reference/` is the specification; `backend.py` chooses the implementation once, at import.
+"""
+
+from __future__ import annotations
+
+from orz_async.ops.advantage import gae, merge_moments, moments, whiten
+from orz_async.ops.delta import delta_apply, delta_encode
+from orz_async.ops.logprobs import head_logprob, logprob
+from orz_async.ops.losses import ppo_head, ppo_loss, value_loss
+from orz_async.ops.packing import pack
+from orz_async.ops.stats import PpoHeadOutput, PpoStats, ValueStats
+
+__all__ = [
+    "PpoHeadOutput",
+    "PpoStats",
+    "ValueStats",
+    "delta_apply",
+    "delta_encode",
+    "gae",
+    "head_logprob",
+    "logprob",
+    "merge_moments",
+    "moments",
+    "pack",
+    "ppo_head",
+    "ppo_loss",
+    "value_loss",
+    "whiten",
+]

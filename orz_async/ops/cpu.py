@@ -1,0 +1,128 @@
+"""The ops on host memory: C++ where it pays, the reference for the rest, in so many words.
+
+The LM-head ops are the reference's loops over chunks, with torch's matrix products and C++ between them. float64 goes
+to the reference: it is the oracle, not a way to train.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orz_async import _C
+from orz_async.ops import reference
+from orz_async.ops.reference import head, moments, ppo_loss, value_loss, whiten
+
+__all__ = [
+    "delta_apply",
+    "delta_encode",
+    "gae",
+    "head_logprob_backward",
+    "head_logprob_forward",
+    "logprob_backward",
+    "logprob_forward",
+    "moments",
+    "pack",
+    "ppo_head",
+    "ppo_loss",
+    "value_loss",
+    "whiten",
+]
+
+
+def gae(
+    rewards_N: Tensor,
+    values_N: Tensor,
+    cu_seqlens_B1: Tensor,
+    gamma: float,
+    lam: float,
+    mask_N: Tensor | None,
+    bootstrap_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if torch.float64 in (rewards_N.dtype, values_N.dtype):
+        return reference.gae(rewards_N, values_N, cu_seqlens_B1, gamma, lam, mask_N, bootstrap_B)
+    advantages_N, returns_N = torch.empty((2, len(values_N)), dtype=torch.float32).unbind()
+    _C.gae(
+        rewards_N.detach().float().numpy(),
+        values_N.detach().float().numpy(),
+        cu_seqlens_B1.numpy(),
+        gamma,
+        lam,
+        None if mask_N is None else mask_N.numpy(),
+        None if bootstrap_B is None else bootstrap_B.detach().float().numpy(),
+        advantages_N.numpy(),
+        returns_N.numpy(),
+    )
+    return advantages_N, returns_N
+
+
+def _softmax(logits_CV: Tensor, targets_C: Tensor, temperature: float, consume: bool) -> head.Softmax:
+    if logits_CV.dtype == torch.float64:
+        return head.softmax_pass(logits_CV, targets_C, temperature, consume)
+    z_CV = logits_CV.detach().float()
+    logprobs_C, entropy_C, logsumexp_C, total_C = torch.empty((4, len(z_CV))).unbind()
+    _C.softmax_forward(
+        z_CV.numpy(),
+        targets_C.numpy(),
+        1 / temperature,
+        z_CV.numpy() if consume else None,
+        logprobs_C.numpy(),
+        entropy_C.numpy(),
+        logsumexp_C.numpy(),
+        total_C.numpy(),
+        torch.get_num_threads(),
+    )
+    return head.Softmax(z_CV, total_C, logprobs_C, entropy_C, logsumexp_C)
+
+
+def _gradient(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    logsumexp_C: Tensor,
+    entropy_C: Tensor,
+    grad_logprobs_C: Tensor,
+    grad_entropy_C: Tensor | None,
+    temperature: float,
+    out_CV: Tensor,
+) -> None:
+    if logits_CV.dtype == torch.float64:
+        rows = (logits_CV, targets_C, logsumexp_C, entropy_C, grad_logprobs_C, grad_entropy_C)
+        return head.gradient_pass(*rows, temperature, out_CV)
+    z_CV = logits_CV.detach().float()
+    written_CV = out_CV.detach() if out_CV.dtype == torch.float32 else z_CV
+    _C.softmax_backward(
+        z_CV.numpy(),
+        targets_C.numpy(),
+        1 / temperature,
+        logsumexp_C.numpy(),
+        entropy_C.numpy(),
+        grad_logprobs_C.float().numpy(),
+        None if grad_entropy_C is None else grad_entropy_C.float().numpy(),
+        written_CV.numpy(),
+        torch.get_num_threads(),
+    )
+    if written_CV is z_CV:
+        out_CV.copy_(z_CV)
+    return None
+
+
+CPP = head.RowMath(_softmax, _gradient)
+logprob_forward = partial(head.logprob_forward, math=CPP)
+logprob_backward = partial(head.logprob_backward, math=CPP)
+head_logprob_forward = partial(head.head_logprob_forward, math=CPP)
+head_logprob_backward = partial(head.head_logprob_backward, math=CPP)
+ppo_head = partial(head.ppo_head, math=CPP)
+
+pack = _C.pack
+
+
+def delta_encode(new: NDArray[Any], old: NDArray[Any], threads: int) -> bytes:
+    return _C.delta_encode(new, old, new.itemsize, threads)
+
+
+def delta_apply(words: NDArray[Any], payload: bytes, threads: int) -> None:
+    _C.delta_apply(words, payload, words.itemsize, threads)

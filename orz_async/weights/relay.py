@@ -1,0 +1,73 @@
+"""A fetcher that serves what it has, so that the learner sends a version once, however many generators read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orz_async.weights.address import CurveKeys
+from orz_async.weights.fetcher import StreamFetcher
+from orz_async.weights.manifest import Limits
+from orz_async.weights.protocol import EventSink, Snapshot
+from orz_async.weights.publisher import StreamPublisher
+
+
+class Relay:
+    """A Fetcher towards its owner and upstream, a publisher towards whoever connects to `address`.
+
+    A version that somebody downstream wants is fetched from upstream, whether the owner wants it or not. What is
+    passed on has been verified here first; it is held once, shared between the owner and the readers.
+    """
+
+    def __init__(
+        self,
+        upstream: str | Sequence[str],
+        bind: str,
+        epoch: int,
+        events: EventSink,
+        *,
+        keys: CurveKeys | None = None,
+        serve_keys: CurveKeys | None = None,
+        limits: Limits | None = None,
+        stall_s: float = 5.0,
+        give_up_s: float = 600.0,
+    ) -> None:
+        """keys: towards upstream. serve_keys: with the list of fetchers that may read from here."""
+        self._fetcher: StreamFetcher | None = None
+        self._publisher = StreamPublisher(bind, epoch, events, keys=serve_keys, on_want=self._want_upstream)
+        self._fetcher = StreamFetcher(
+            upstream,
+            epoch,
+            events,
+            keys=keys,
+            limits=limits,
+            stall_s=stall_s,
+            give_up_s=give_up_s,
+            on_state=self._publisher.offer,
+        )
+        self.address = self._publisher.address
+        self.traffic = self._publisher.traffic
+
+    @property
+    def received_bytes(self) -> int:
+        return 0 if self._fetcher is None else self._fetcher.received_bytes
+
+    def _want_upstream(self, version: int) -> None:
+        if self._fetcher is not None:  # one who asks before the constructor returns asks again in a second
+            self._fetcher.want(version)
+
+    def want(self, version: int) -> None:
+        assert self._fetcher is not None
+        self._fetcher.want(version)
+
+    def poll(self) -> Snapshot | None:
+        assert self._fetcher is not None
+        return self._fetcher.poll()
+
+    def waiting_for(self) -> str:
+        assert self._fetcher is not None
+        return self._fetcher.waiting_for()
+
+    def close(self) -> None:
+        assert self._fetcher is not None
+        self._fetcher.close()
+        self._publisher.close()

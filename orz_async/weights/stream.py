@@ -1,0 +1,20 @@
+"""Weights over TCP: full snapshots and deltas, chunk by chunk, at the pace of each receiver.
+
+::
+
+    learner's thread            publisher's thread                    fetcher's thread           generator's loop
+    publish(v) ──copy──►  State ─► Shelf ─► Payload ◄──Want, Pull──  Download ─► Assembly ──►  poll() -> Snapshot
+                                              └──Manifest, Chunk──►     (credits)
+
+Bounds. The publisher holds the newest version, at most one older one that is being read, and one in the making; for
+each fetcher at most SEND_QUEUE chunks. A fetcher holds the version it last completed and the one in the making, and
+asks for CREDITS chunks ahead. Every wait is bounded by a tick, and silence by reconnection with backoff.
+
+Trust. A fetcher allocates nothing before `manifest.check`; frames carry a checksum, tensors theirs, and the whole the
+digest of `snapshot.py`. What `poll` returns has passed all three.
+"""
+
+from orz_async.weights.fetcher import StreamFetcher
+from orz_async.weights.publisher import StreamPublisher
+
+__all__ = ["StreamFetcher", "StreamPublisher"]

@@ -1,0 +1,92 @@
+"""Packed attention equals attention on each sequence alone, in values and gradients, for every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learner_kit import FAMILIES, VOCAB, random_causal_lm
+
+from orz_async.errors import ModelError
+from orz_async.learner.attention import NAME, PackedLayout, packed_attention
+
+# One token; lengths that fall into several groups; more than the sliding window of 5; equal lengths; a long tail.
+BATCHES = ([1], [5, 31, 1, 17, 30, 3], [12, 12, 12], [64, 2, 2, 2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", BATCHES, ids=str)
+def test_packed_equals_padded(family: str, lengths: list[int]) -> None:
+    model = random_causal_lm(family)
+    rng = np.random.default_rng(1)
+    sequences = [torch.from_numpy(rng.integers(0, VOCAB, n)) for n in lengths]
+    weights_ND = torch.from_numpy(rng.normal(size=(sum(lengths), 32))).float()
+
+    longest = max(lengths)
+    tokens_BT = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s))) for s in sequences])
+    mask_BT = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    padded_BTD = model.model(tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    want_ND = padded_BTD[mask_BT]
+    (want_ND * weights_ND).sum().backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    model.set_attn_implementation(NAME)
+    positions_N = torch.cat([torch.arange(n) for n in lengths])
+    got_ND = model.model(
+        torch.cat(sequences)[None], position_ids=positions_N[None], use_cache=False, layout=PackedLayout(lengths)
+    ).last_hidden_state[0]
+    (got_ND * weights_ND).sum().backward()
+    torch.testing.assert_close(got_ND, want_ND, atol=1e-5, rtol=1e-5)
+    scale = max(grad.abs().max().item() for grad in want.values())
+    for name, parameter in model.named_parameters():
+        if name in want:
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad, want[name], atol=1e-5 * scale, rtol=1e-4)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_layout_holds_every_token_once_and_wastes_little(lengths: list[int]) -> None:
+    layout = PackedLayout(lengths)
+    rows = sum(count * longest for count, longest in layout.groups)
+    assert sum(count for count, _ in layout.groups) == len(lengths)
+    assert len(layout.source_P) == rows
+    assert sorted(layout.target_N.tolist()) == sorted(set(layout.target_N.tolist()))
+    # The row a token goes to copies that token.
+    assert layout.source_P[layout.target_N].tolist() == list(range(sum(lengths)))
+    assert rows <= sum(lengths) / 0.6 + len(lengths)
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    """Changing one sequence changes nothing in its neighbours, to the last bit."""
+    model = random_causal_lm("qwen2")
+    model.set_attn_implementation(NAME)
+    lengths = [7, 9, 8]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    tokens = torch.arange(sum(lengths))[None] % VOCAB
+    other = tokens.clone()
+    other[0, 7:16] = (other[0, 7:16] + 1) % VOCAB
+    with torch.no_grad():
+        first, second = (
+            model.model(t, position_ids=positions, use_cache=False, layout=PackedLayout(lengths)).last_hidden_state[0]
+            for t in (tokens, other)
+        )
+    assert torch.equal(first[:7], second[:7])
+    assert torch.equal(first[16:], second[16:])
+    assert not torch.equal(first[7:16], second[7:16])
+
+
+def test_what_it_cannot_compute_is_refused() -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    layout = PackedLayout([3])
+    with pytest.raises(ModelError, match="dropout"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, dropout=0.1)
+    with pytest.raises(ModelError, match="sinks"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="layout"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, layout=PackedLayout([4]))
+    with pytest.raises(ValueError, match="at least one token"):
+        PackedLayout([3, 0])

@@ -1,0 +1,341 @@
+"""One whole PPO step against an independent implementation: padded, float64, a loop over sequences and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import learner_kit as kit
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from orz_async.config import Config
+from orz_async.errors import DataError, NumericError
+from orz_async.learner.batch import pack_part, split
+from orz_async.learner.trainer import Trainer
+from orz_async.records import Trajectory, as_float32, as_int32
+
+
+class ExactNorm(torch.nn.Module):
+    """transformers computes RMSNorm in float32 whatever the model is: 1e-7 of noise, which Adam's division turns into
+    a changed sign where a gradient is nearly 0. In both models of a comparison this one takes its place."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
+
+
+def exact_norms(module: Any) -> Any:
+    for name, child in module.named_children():
+        if hasattr(child, "variance_epsilon"):
+            setattr(module, name, ExactNorm(child))
+        else:
+            exact_norms(child)
+    return module
+
+
+class Oracle:
+    """Everything again, from the equations: Hugging Face's own model on padded rows, Python loops, Adam by hand."""
+
+    def __init__(self, config: Config, trainer: Trainer, batch: list[Trajectory]) -> None:
+        self.config, self.batch = config, batch
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=torch.float64, attn_implementation="sdpa"
+        )
+        self.policy = exact_norms(base.eval())
+        self.critic = exact_norms(
+            transformers.AutoModel.from_pretrained(config.model.path, dtype=torch.float64, attn_implementation="sdpa")
+        ).eval()
+        self.score = torch.nn.Linear(config_width(trainer), 1, dtype=torch.float64)
+        self.score.load_state_dict(trainer.critic.score.state_dict())
+        self.critic_parameters = [*self.critic.parameters(), *self.score.parameters()]
+        self.moments: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
+
+    def hidden(self, model: Any, members: list[int]) -> list[Tensor]:
+        """For each sequence the rows that predict its response tokens."""
+        inputs = [torch.from_numpy(np.concatenate([as_int32(t.prompt), as_int32(t.response)])) for t in self.batch]
+        longest = max(len(inputs[b]) for b in members)
+        tokens_BT = torch.stack([torch.nn.functional.pad(inputs[b], (0, longest - len(inputs[b]))) for b in members])
+        mask_BT = torch.stack([torch.arange(longest) < len(inputs[b]) for b in members])
+        hidden_BTD = model(tokens_BT.long(), attention_mask=mask_BT, use_cache=False).last_hidden_state
+        found = []
+        for row, b in enumerate(members):
+            start = self.batch[b].num_prompt_tokens - 1
+            found.append(hidden_BTD[row, start : start + self.batch[b].num_response_tokens])
+        return found
+
+    def logprobs(self, members: list[int]) -> list[Tensor]:
+        temperature = self.config.sampling.temperature
+        found = []
+        for b, hidden_TD in zip(members, self.hidden(self.policy.model, members), strict=True):
+            logits_TV = self.policy.lm_head(hidden_TD) / temperature
+            targets_T = torch.from_numpy(as_int32(self.batch[b].response).astype(np.int64))
+            found.append(torch.log_softmax(logits_TV, -1).gather(1, targets_T[:, None]).squeeze(1))
+        return found
+
+    def values(self, members: list[int]) -> list[Tensor]:
+        return [self.score(hidden_TD).squeeze(1) for hidden_TD in self.hidden(self.critic, members)]
+
+    def begin(self) -> None:
+        everyone = list(range(len(self.batch)))
+        gamma, lam = self.config.learner.gamma, self.config.learner.lam
+        with torch.no_grad():
+            self.old_values = self.values(everyone)
+            self.start_logprobs = self.logprobs(everyone)
+        self.advantages, self.returns = [], []
+        for b in everyone:
+            values = self.old_values[b].tolist()
+            advantages, following = [0.0] * len(values), 0.0
+            for t in reversed(range(len(values))):
+                last = t == len(values) - 1
+                reward = self.batch[b].reward if last else 0.0
+                delta = reward + (0.0 if last else gamma * values[t + 1]) - values[t]
+                following = delta + (0.0 if last else gamma * lam * following)
+                advantages[t] = following
+            self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
+            self.returns.append(self.advantages[-1] + self.old_values[b])
+        flat = torch.cat(self.advantages)
+        mean, variance = flat.mean(), flat.var(correction=0)
+        self.advantages = [(a - mean) / torch.sqrt(variance + 1e-8) for a in self.advantages]
+
+    def weights(self, members: list[int], packs: list[list[int]]) -> dict[int, float]:
+        """What a token of each sequence counts in the loss."""
+        lengths = {b: self.batch[b].num_response_tokens for b in members}
+        match self.config.learner.loss_aggregation:
+            case "token":
+                return {b: 1 / sum(lengths.values()) for b in members}
+            case "sequence":
+                return {b: 1 / (lengths[b] * len(members)) for b in members}
+            case "pack":
+                return {b: 1 / (sum(lengths[c] for c in pack) * len(packs)) for pack in packs for b in pack}
+
+    def policy_loss(self, members: list[int], packs: list[list[int]]) -> Tensor:
+        learner, weight = self.config.learner, self.weights(members, packs)
+        total = torch.zeros((), dtype=torch.float64)
+        for b, current_T in zip(members, self.logprobs(members), strict=True):
+            sampled_T = torch.from_numpy(as_float32(self.batch[b].logprobs).astype(np.float64))
+            proximal_T = self.start_logprobs[b] if learner.objective == "decoupled" else sampled_T
+            behaviour_T = torch.exp(proximal_T - sampled_T)
+            if learner.behaviour_cap is not None and learner.objective == "decoupled":
+                behaviour_T = behaviour_T.clamp(max=learner.behaviour_cap)
+            ratio_T = torch.exp(current_T - proximal_T)
+            clipped_T = ratio_T.clamp(1 - learner.clip_low, 1 + learner.clip_high)
+            gain_T = torch.minimum(ratio_T * self.advantages[b], clipped_T * self.advantages[b])
+            if learner.dual_clip is not None:
+                floor_T = learner.dual_clip * self.advantages[b]
+                gain_T = torch.where(self.advantages[b] < 0, torch.maximum(gain_T, floor_T), gain_T)
+            total = total - (behaviour_T * gain_T).sum() * weight[b]
+        return total
+
+    def critic_loss(self, members: list[int], packs: list[list[int]]) -> Tensor:
+        clip, weight = self.config.learner.value_clip, self.weights(members, packs)
+        total = torch.zeros((), dtype=torch.float64)
+        for b, values_T in zip(members, self.values(members), strict=True):
+            worst_T = (values_T - self.returns[b]) ** 2
+            if clip is not None:
+                near_T = self.old_values[b] + (values_T - self.old_values[b]).clamp(-clip, clip)
+                worst_T = torch.maximum(worst_T, (near_T - self.returns[b]) ** 2)
+            total = total + 0.5 * worst_T.sum() * weight[b]
+        return total
+
+    def update(self, loss: Tensor, parameters: list[Tensor], lr: float) -> tuple[float, float]:
+        grads = torch.autograd.grad(loss, parameters)
+        norm = torch.sqrt(sum((g**2).sum() for g in grads))
+        scale = min(1.0, self.config.learner.grad_clip / (norm.item() + 1e-6))
+        beta1, beta2 = self.config.learner.adam_betas
+        for parameter, grad in zip(parameters, grads, strict=True):
+            zero = torch.zeros_like(parameter)
+            first, second, count = self.moments.get(parameter, (zero, zero, 0))
+            count += 1
+            first = beta1 * first + (1 - beta1) * grad * scale
+            second = beta2 * second + (1 - beta2) * (grad * scale) ** 2
+            self.moments[parameter] = (first, second, count)
+            step = (first / (1 - beta1**count)) / (torch.sqrt(second / (1 - beta2**count)) + 1e-8)
+            with torch.no_grad():
+                parameter.mul_(1 - lr * self.config.learner.weight_decay).sub_(lr * step)
+        return loss.item(), norm.item()
+
+
+def config_width(trainer: Trainer) -> int:
+    return int(trainer.policy.config.hidden_size)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ppo": {"objective": "ppo", "clip_low": 0.2, "clip_high": 0.3},
+    "ppo, three policy steps": {"policy_steps": 3, "critic_steps": 4, "lr": 0.05},
+    "decoupled": {"objective": "decoupled", "behaviour_cap": 2.0},
+    "decoupled, two policy steps": {"objective": "decoupled", "policy_steps": 2, "behaviour_cap": 5.0, "lr": 0.05},
+    "dual clip, no value clip": {"dual_clip": 1.5, "value_clip": None, "weight_decay": 0.1},
+    "mean over sequences": {"loss_aggregation": "sequence", "gamma": 0.9, "lam": 0.7},
+    "mean over packs": {"loss_aggregation": "pack", "max_tokens": 40},
+    "tight gradient clip": {"grad_clip": 0.01, "value_clip": 0.01, "critic_steps": 3, "critic_lr": 0.05},
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kit.save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
+    config = kit.config(model_path, learner=VARIANTS[variant])
+    batch = near_policy(config, kit.rollouts(9, seed=3))
+    trainer = kit.trainer(config, dtype=torch.float64)
+    exact_norms(trainer.policy)
+    exact_norms(trainer.critic)
+    oracle = Oracle(config, trainer, batch)
+
+    step = trainer.begin(batch)
+    oracle.begin()
+    close(step.values_R, torch.cat(oracle.old_values))
+    close(step.returns_R, torch.cat(oracle.returns))
+    close(step.advantages_R, torch.cat(oracle.advantages))
+
+    report, _ = trainer.update_policy(step)
+    for k, part in enumerate(split(len(batch), config.learner.policy_steps, seed=(config.seed, 0, 1))):
+        want = oracle.update(
+            oracle.policy_loss(part, packs(trainer, step, part)), list(oracle.policy.parameters()), config.learner.lr
+        )
+        close(torch.tensor([report.losses[k], report.grad_norms[k]]), torch.tensor(want))
+    for (name, got), expected in zip(trainer.policy.named_parameters(), oracle.policy.parameters(), strict=True):
+        close(got, expected, name)
+
+    critic_report = trainer.update_critic(step)
+    for k, part in enumerate(split(len(batch), config.learner.critic_steps, seed=(config.seed, 0, 2))):
+        loss = oracle.critic_loss(part, packs(trainer, step, part))
+        want = oracle.update(loss, oracle.critic_parameters, config.learner.critic_lr)
+        close(torch.tensor([critic_report.losses[k], critic_report.grad_norms[k]]), torch.tensor(want))
+    for (name, got), expected in zip(trainer.critic.named_parameters(), oracle.critic_parameters, strict=True):
+        close(got, expected, name)
+    assert len(report.losses) == config.learner.policy_steps
+    assert len(critic_report.losses) == config.learner.critic_steps
+    assert trainer.num_steps == 1
+
+
+def test_clips_act_on_both_sides_in_these_cases(model_path: Path) -> None:
+    """Otherwise the comparison above would not have tested them."""
+    config = kit.config(model_path, learner=VARIANTS["dual clip, no value clip"])
+    trainer = kit.trainer(config)
+    report, _ = trainer.update_policy(trainer.begin(near_policy(config, kit.rollouts(9, seed=3))))
+    assert report.stats["clip_low"] > 0.05
+    assert report.stats["clip_high"] > 0.05
+    assert report.stats["clip_dual"] > 0.02
+    config = kit.config(model_path, learner=VARIANTS["tight gradient clip"])
+    trainer = kit.trainer(config)
+    step = trainer.begin(near_policy(config, kit.rollouts(9, seed=3)))
+    trainer.update_policy(step)
+    assert trainer.update_critic(step).stats["clipped"] > 0.05
+
+
+@pytest.mark.parametrize("variant", ["ppo", "decoupled", "mean over sequences"])
+def test_float32_step_is_close_to_float64(model_path: Path, variant: str) -> None:
+    """What is trained in practice: losses to 1e-6, gradients (read back from Adam's first moment) to 1e-5."""
+    config = kit.config(model_path, learner=VARIANTS[variant] | {"critic_steps": 1})
+    batch = near_policy(config, kit.rollouts(9, seed=3))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        trainer = kit.trainer(config, dtype=dtype)
+        step = trainer.begin(batch)
+        policy, _ = trainer.update_policy(step)
+        critic = trainer.update_critic(step)
+        moments = [
+            torch.cat([m.flatten().double() for name, m in optimizer.full_state() if name.startswith("exp_avg.")])
+            for optimizer in (trainer.policy_optimizer, trainer.critic_optimizer)
+        ]
+        found.append((torch.tensor(policy.losses + critic.losses, dtype=torch.float64), *moments))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+
+
+def own_logprobs(config: Config, batch: list[Trajectory]) -> list[Trajectory]:
+    """The same rollouts as if the policy itself had sampled them."""
+    trainer = kit.trainer(config)
+    step = trainer.begin(batch)
+    logprobs_R = trainer._logprobs(step).numpy()
+    return [
+        kit.with_sampled(t, logprobs_R[low:high])
+        for t, low, high in zip(batch, step.batch.cu_responses_B1, step.batch.cu_responses_B1[1:], strict=False)
+    ]
+
+
+def near_policy(config: Config, batch: list[Trajectory]) -> list[Trajectory]:
+    """As if a policy not far away had sampled: ratios between 1/2 and 2, on both sides of the clip range."""
+    rng = np.random.default_rng(11)
+    near = []
+    for t in own_logprobs(config, batch):
+        noise = rng.normal(0, 0.4, t.num_response_tokens)
+        near.append(kit.with_sampled(t, np.minimum(as_float32(t.logprobs) + noise, 0.0)))
+    return near
+
+
+@pytest.mark.parametrize("objective", ["ppo", "decoupled"])
+def test_ratio_is_exactly_one_without_lag(model_path: Path, objective: str) -> None:
+    config = kit.config(model_path, learner={"objective": objective})
+    batch = own_logprobs(config, kit.rollouts(9, seed=3))
+    trainer = kit.trainer(config)
+    report, table = trainer.update_policy(trainer.begin(batch))
+    assert (report.stats["ratio_min"], report.stats["ratio_mean"], report.stats["ratio_max"]) == (1.0, 1.0, 1.0)
+    assert report.stats["clip_low"] == report.stats["clip_high"] == report.stats["kl_k3"] == 0.0
+    assert table.mismatch() == (0.0, 0.0, sum(t.num_response_tokens for t in batch))
+
+
+def test_equal_seeds_equal_bits(model_path: Path) -> None:
+    config = kit.config(model_path, learner={"policy_steps": 2, "critic_steps": 3})
+    states = []
+    for _ in range(2):
+        trainer = kit.trainer(config)
+        for version in range(3):
+            step = trainer.begin(kit.rollouts(9, seed=version, version=version, max_lag=1))
+            trainer.update_policy(step)
+            trainer.update_critic(step)
+        states.append([p.detach().clone() for m in (trainer.policy, trainer.critic) for p in m.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_stale_rollouts_raise(model_path: Path) -> None:
+    trainer = kit.trainer(kit.config(model_path))
+    trainer.num_steps = 3
+    with pytest.raises(DataError, match="versions 2 to 3"):
+        trainer.begin(kit.rollouts(6, version=1))
+    with pytest.raises(DataError, match="found 4 to 4"):
+        trainer.begin(kit.rollouts(6, version=4))
+
+
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_infinite_loss_stops_before_the_optimizer(model_path: Path, part: str) -> None:
+    config = kit.config(model_path)
+    trainer = kit.trainer(config)
+    batch = kit.rollouts(6)
+    step = trainer.begin(batch)
+    module = getattr(trainer, part)
+    with torch.no_grad():
+        dict(module.named_parameters())["model.norm.weight"][3] = float("nan")
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(NumericError, match="learner step 0"):
+        trainer.update_policy(step) if part == "policy" else trainer.update_critic(step)
+    assert all(torch.equal(a, b) or b.isnan().any() for a, b in zip(before, module.parameters(), strict=True))
+
+
+def packs(trainer: Trainer, step: Any, part: list[int]) -> list[list[int]]:
+    [bins] = pack_part(
+        step.batch,
+        part,
+        max_tokens=trainer.config.learner.max_tokens,
+        num_ranks=1,
+        attention_cost=trainer._attention_cost,
+    )
+    return bins
+
+
+def close(got: Tensor, want: Tensor, name: str = "") -> None:
+    torch.testing.assert_close(
+        got.detach().double(), want.detach().double(), atol=1e-6, rtol=1e-6, msg=lambda text: f"{name}: {text}"
+    )
