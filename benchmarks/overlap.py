@@ -1,7 +1,7 @@
 """What asynchrony buys: the same recipe, code and placement at S = 0, 1, 2, in turn.
 
-At S = 0 a generator waits for the weights of the step before, and the learner for the generators: their times add up. At S >= 1
-the slower side alone decides. The limit of the speed-up is (t_generate + t_learn) / max(t_generate, t_learn), with both
+At S = 0 a generator waits for the weights of the step before, and the learner for the generators: their times add up.
+At S >= 1 the slower side alone decides. The limit of the speed-up is (t_generate + t_learn) / max(t_generate, t_learn), with both
 times measured in the S = 0 run: the time each side was not waiting.
 """
 
@@ -27,9 +27,11 @@ def one_run(folder: Path, lag: int, extra: tuple[str, ...] = ()) -> dict[str, An
         *(sys.executable, "-m", "orz_async.cli", "run", "tiny_cpu", "--run-dir", str(folder)),
         *("--steps", str(STEPS), "--broker.max-lag", str(lag), "--eval.every", "0", "--overwrite", *extra),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 

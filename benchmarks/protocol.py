@@ -62,7 +62,11 @@ def commit() -> str:
     """The commit measured, with a + when the tree has changes."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except OSError:
         return "unknown"

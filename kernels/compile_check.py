@@ -3,9 +3,9 @@
     python kernels/compile_check.py [--only triton|cuda]
 
 Triton: the ops run on small CPU tensors while `launching.recording` catches what they would launch, and each distinct
-kernel and specialisation is compiled to an sm_90a cubin. CUDA C++: nvcc for sm_90a with -Xptxas -v. A table of registers,
-shared memory and spills follows. Exit codes: 1 if a kernel spills, does not fit, or lost its matrix instructions; 2 if a
-compiler is missing.
+kernel and specialisation is compiled to an sm_90a cubin. CUDA C++: nvcc for sm_90a with -Xptxas -v. A table of
+registers, shared memory and spills follows. The exit code is 1 if a kernel spills, does not fit, or lost its matrix
+instructions, or if a compiler is missing.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Row:
 
     def text(self) -> str:
         numbers = f"{self.registers:>5} {self.shared:>8} {self.spilled:>6} {self.matrix:>6}"
-        return f"{self.kernel:<28} {self.variant:<64} {numbers}  {self.problem}".rstrip()
+        return f"{self.kernel:<34} {self.variant:<64} {numbers}  {self.problem}".rstrip()
 
 
-HEADER = f"{'kernel':<28} {'variant':<64} {'regs':>5} {'shared':>8} {'spill':>6} {'HGMMA':>6}"
+HEADER = f"{'kernel':<34} {'variant':<64} {'regs':>5} {'shared':>8} {'spill':>6} {'HGMMA':>6}"
 
 
 def token_workloads() -> Iterator[Callable[[], object]]:
@@ -86,30 +86,37 @@ def logits_workloads() -> Iterator[Callable[[], object]]:
         yield partial(logprob.logprob_forward, logits_NV, y_N, 1.0)
         for h in (None, x_N):
             yield partial(logprob.logprob_backward, logits_NV, y_N, x_N, x_N, x_N, h, 1.0, True)
-    policy = (x_N, x_N, None)
-    rest = (torch.tensor(256.0), 0.2, 0.2, None, None, 1.0, None, True, True)
+    policy: tuple[Any, ...] = (x_N, x_N, None)
+    rest: tuple[Any, ...] = (torch.tensor(256.0), 0.2, 0.2, None, None, 1.0, None, True, True)
     # Widths on both sides of the choice between the fused and the library's product.
     for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, head.LIBRARY_WIDTH), (torch.float32, 128)):
         hidden_ND, weight_VD = torch.randn(256, width).to(dtype), torch.randn(2048, width).to(dtype)
         for m in (None, mask_N):
-            yield partial(ppo_head.ppo_head, hidden_ND, weight_VD, y_N, *policy, m, *rest)
+            yield partial(ppo_head.ppo_head, *[hidden_ND, weight_VD, y_N, *policy, m, *rest])
         yield partial(head_logprob.head_logprob_forward, hidden_ND, weight_VD, y_N, 1.0, None)
         for h in (None, x_N):
             yield partial(
                 head_logprob.head_logprob_backward, hidden_ND, weight_VD, y_N, x_N, x_N, x_N, h, 1.0, None, True, True
             )
         for tiles in head.CANDIDATES if dtype == torch.bfloat16 and width == 128 else ():
-            yield partial(ppo_head.compute, hidden_ND, weight_VD, y_N, *policy, None, *rest, "fused", tiles)
+            yield partial(ppo_head.compute, *[hidden_ND, weight_VD, y_N, *policy, None, *rest, "fused", tiles])
 
 
-def constants_of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], Any]:
+def constants_of(
+    kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]
+) -> tuple[dict[str, str], dict[Any, Any], Any]:
     """Signature, constants and alignment, as the launcher itself would specialise these arguments."""
     import torch
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     pointers = {
-        **{torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"},
-        **{torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"},
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+        torch.uint8: "*u8",
     }
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
@@ -143,7 +150,9 @@ def record() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     launches: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        key = repr((kernel.__module__, kernel.__name__, *constants_of(kernel, args, meta), sorted(meta.items(), key=str)))
+        key = repr(
+            (kernel.__module__, kernel.__name__, *constants_of(kernel, args, meta), sorted(meta.items(), key=str))
+        )
         launches.setdefault(key, (kernel, args, meta))
 
     with recording(note):
@@ -159,7 +168,9 @@ def disassembler() -> str:
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     found = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
     if not found:
-        raise SystemExit("compile_check: expected cuobjdump in the Triton wheel or on PATH, found none; install the CUDA toolkit")
+        raise SystemExit(
+            "compile_check: expected cuobjdump in the Triton wheel or on PATH, found none; install the CUDA toolkit"
+        )
     return found
 
 
@@ -186,7 +197,8 @@ def compile_triton(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], cuo
     problem = "SPILLS" if spilled else "TOO MUCH SHARED MEMORY" if shared > MOST_SHARED else ""
     if kernel.__name__ == "head_tiles_kernel" and not matrix:
         problem = "NO MATRIX INSTRUCTIONS"
-    return Row(kernel.__name__, variant_of(kernel, args, meta), registers, shared, spilled, matrix, problem)
+    name = f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
+    return Row(name, variant_of(kernel, args, meta), registers, shared, spilled, matrix, problem)
 
 
 def variant_of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> str:
@@ -226,15 +238,18 @@ def demangled(symbol: str) -> str:
     tool = shutil.which("c++filt")
     if not tool:
         return symbol
-    text = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(.*\)$", "", text).split("::")[-1].split(" ")[-1]
+    text = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout
+    found = re.match(r"(?:void )?(?:orz::)?([\w<>:]+)", text.replace("(anonymous namespace)::", ""))
+    return found[1].replace("orz::", "") if found else symbol
 
 
 def triton_rows() -> Iterator[Row]:
     try:
         import triton
     except ImportError:
-        raise SystemExit("compile_check: expected the package triton, found none; pip install --no-deps triton") from None
+        raise SystemExit(
+            "compile_check: expected the package triton, found none; pip install --no-deps triton"
+        ) from None
     print(f"triton {triton.__version__}, sm_90a")
     cuobjdump = disassembler()
     for kernel, args, meta in record().values():

@@ -110,11 +110,10 @@ def summary(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print summary.json instead of the table")
     options = parser.parse_args(argv)
-    from rich.console import Console
-
     from orz_async.launcher.launch import conclude
+    from orz_async.observe.live import new_console
 
-    conclude(options.run, Console(highlight=False, quiet=options.json))
+    conclude(options.run, new_console(quiet=options.json))
     if options.json:
         print((options.run / "summary.json").read_text(), end="")
     return 0

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
-#include <queue>
 #include <utility>
 #include <vector>
 
@@ -21,87 +20,142 @@ using Item = std::pair<double, Index>;  // cost, index
 
 constexpr int kRefineRounds = 64;
 
-// Partial partitions live side by side in flat arrays: slot s of partition p holds a sum and a linked list of items.
+// Karmarkar-Karp, k-way. A partial partition is a single item, or a row of k slots, ascending by sum, each a linked
+// list of items. Most joins put one more item onto a row; rows come from a pool that stays in the cache.
 class Differencing {
  public:
-  Differencing(const std::vector<double>& costs, size_t num_ranks) : k_(num_ranks), next_(costs.size(), -1) {
-    const size_t n = costs.size();
-    sums_.assign(n * k_, 0.0);
-    head_.assign(n * k_, -1);
-    tail_.assign(n * k_, -1);
-    for (size_t i = 0; i < n; ++i) {
-      const size_t last = i * k_ + k_ - 1;
-      sums_[last] = costs[i];
-      head_[last] = tail_[last] = static_cast<Index>(i);
-    }
-  }
+  Differencing(const std::vector<double>& costs, size_t num_ranks)
+      : k_(num_ranks), costs_(costs), next_(costs.size(), -1), joined_(k_), place_(k_), order_(k_) {}
 
   Ranks solve() {
-    const size_t n = next_.size();
-    std::vector<Entry> entries;
-    entries.reserve(n);
-    for (size_t p = 0; p < n; ++p) entries.push_back({sums_[p * k_ + k_ - 1], p, p});
-    std::priority_queue<Entry> queue(std::less<Entry>(), std::move(entries));
-    for (size_t joined = n; queue.size() > 1; ++joined) {
-      const Entry left = queue.top();
-      queue.pop();
-      const Entry right = queue.top();
-      queue.pop();
-      join(left.place, right.place);
-      const double* sums = &sums_[left.place * k_];
-      queue.push({sums[k_ - 1] - sums[0], joined, left.place});
+    std::vector<Entry> heap;
+    heap.reserve(costs_.size());
+    for (size_t i = 0; i < costs_.size(); ++i) heap.push_back({costs_[i], static_cast<Index>(i), static_cast<Index>(~i)});
+    std::make_heap(heap.begin(), heap.end());
+    for (auto born = static_cast<Index>(heap.size()); heap.size() > 1; ++born) {
+      const Entry left = heap.front();
+      std::pop_heap(heap.begin(), heap.end());
+      heap.pop_back();
+      const Entry right = heap.front();
+      const Index row = join(left.where, right.where);
+      const Slot* slots = slots_of(row);
+      replace_top(heap, {slots[k_ - 1].sum - slots[0].sum, born, row});
     }
     Ranks ranks(k_);
-    const size_t place = queue.top().place;
-    for (size_t slot = 0; slot < k_; ++slot)
-      for (Index i = head_[place * k_ + slot]; i >= 0; i = next_[static_cast<size_t>(i)]) ranks[slot].push_back(i);
+    const Slot* slots = slots_of(as_row(heap.front().where));
+    for (size_t s = 0; s < k_; ++s)
+      for (Index i = slots[s].head; i >= 0; i = next_[static_cast<size_t>(i)]) ranks[s].push_back(i);
     return ranks;
   }
 
  private:
   struct Entry {
     double spread;
-    size_t born;
-    size_t place;
+    Index born;   // equal spreads are joined in the order they arose
+    Index where;  // a row, or ~item
     bool operator<(const Entry& other) const {
       return spread != other.spread ? spread < other.spread : born > other.born;
     }
   };
 
   struct Slot {
-    double sum;
-    Index head, tail;
+    double sum = 0.0;
+    Index head = -1, tail = -1;
   };
 
-  // The heaviest slot of one meets the lightest of the other; the result replaces `left`, slots ascending.
-  void join(size_t left, size_t right) {
-    slots_.resize(k_);
-    for (size_t s = 0; s < k_; ++s) {
-      const size_t a = left * k_ + s, b = right * k_ + k_ - 1 - s;
-      Slot slot{sums_[a] + sums_[b], head_[a], tail_[a]};
-      if (slot.head < 0) {
-        slot.head = head_[b];
-        slot.tail = tail_[b];
-      } else if (head_[b] >= 0) {
-        next_[static_cast<size_t>(slot.tail)] = head_[b];
-        slot.tail = tail_[b];
-      }
-      // Insertion sort: stable, and k is small.
-      size_t at = s;
-      for (; at > 0 && slots_[at - 1].sum > slot.sum; --at) slots_[at] = slots_[at - 1];
-      slots_[at] = slot;
+  static constexpr size_t kCountingRanks = 48;
+
+  // Instead of a pop and a push: one way down.
+  static void replace_top(std::vector<Entry>& heap, Entry entry) {
+    size_t hole = 0;
+    for (size_t child = 1; child < heap.size(); child = 2 * hole + 1) {
+      if (child + 1 < heap.size() && heap[child] < heap[child + 1]) ++child;
+      if (!(entry < heap[child])) break;
+      heap[hole] = heap[child];
+      hole = child;
     }
+    heap[hole] = entry;
+  }
+
+  Slot* slots_of(Index row) { return &pool_[static_cast<size_t>(row) * k_]; }
+
+  Index as_row(Index where) {
+    if (where >= 0) return where;
+    Index row;
+    if (free_.empty()) {
+      row = static_cast<Index>(pool_.size() / k_);
+      pool_.resize(pool_.size() + k_);
+    } else {
+      row = free_.back();
+      free_.pop_back();
+      std::fill_n(slots_of(row), k_, Slot{});
+    }
+    const Index item = ~where;
+    slots_of(row)[k_ - 1] = {costs_[static_cast<size_t>(item)], item, item};
+    return row;
+  }
+
+  void append(Slot& slot, Index head, Index tail, double sum) {
+    slot.sum += sum;
+    if (head < 0) return;
+    if (slot.head < 0)
+      slot.head = head;
+    else
+      next_[static_cast<size_t>(slot.tail)] = head;
+    slot.tail = tail;
+  }
+
+  // The heaviest slot of one meets the lightest of the other.
+  Index join(Index left, Index right) {
+    const Index row = as_row(left);
+    Slot* slots = slots_of(row);
+    if (right < 0) {
+      append(slots[0], ~right, ~right, costs_[static_cast<size_t>(~right)]);
+      // Only the first slot grew; it goes before its equals.
+      const Slot grown = slots[0];
+      size_t at = 0;
+      for (; at + 1 < k_ && slots[at + 1].sum < grown.sum; ++at) slots[at] = slots[at + 1];
+      slots[at] = grown;
+      return row;
+    }
+    const Slot* others = slots_of(right);
     for (size_t s = 0; s < k_; ++s) {
-      sums_[left * k_ + s] = slots_[s].sum;
-      head_[left * k_ + s] = slots_[s].head;
-      tail_[left * k_ + s] = slots_[s].tail;
+      joined_[s] = slots[s];
+      append(joined_[s], others[k_ - 1 - s].head, others[k_ - 1 - s].tail, others[k_ - 1 - s].sum);
+    }
+    free_.push_back(right);
+    rank_slots();
+    for (size_t s = 0; s < k_; ++s) slots[place_[s]] = joined_[s];
+    return row;
+  }
+
+  // place_[s] = position of joined slot s in ascending order, equal sums in the order they have.
+  void rank_slots() {
+    if (k_ > kCountingRanks) {
+      std::iota(order_.begin(), order_.end(), size_t{0});
+      std::stable_sort(order_.begin(), order_.end(),
+                       [&](size_t a, size_t b) { return joined_[a].sum < joined_[b].sum; });
+      for (size_t s = 0; s < k_; ++s) place_[order_[s]] = static_cast<uint32_t>(s);
+      return;
+    }
+    // Counting how many come before is quadratic, but has no branch to mispredict: faster while k is small.
+    for (size_t s = 0; s < k_; ++s) {
+      uint32_t before = 0;
+      for (size_t other = 0; other < s; ++other) {
+        const uint32_t first = joined_[other].sum <= joined_[s].sum ? 1u : 0u;
+        before += first;
+        place_[other] += 1u - first;
+      }
+      place_[s] = before;
     }
   }
 
   size_t k_;
-  std::vector<double> sums_;
-  std::vector<Index> head_, tail_, next_;
-  std::vector<Slot> slots_;
+  const std::vector<double>& costs_;
+  std::vector<Index> next_, free_;
+  std::vector<Slot> pool_, joined_;
+  std::vector<uint32_t> place_;
+  std::vector<size_t> order_;
 };
 
 inline Ranks partition(const std::vector<double>& costs, size_t num_ranks) {

@@ -1,12 +1,13 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Generalised advantage estimation over packed sequences, as a scan over affine maps in two launches.
 
 With X_t what the tokens after t hand back to it,
 
     G_t = r_t + X_t,   A_t = G_t - V_t,   X_{t-1} = gamma * (1 - lam) * V_t + gamma * lam * G_t
 
-so X_{t-1} = a * X_t + b is affine in X_t with a = gamma * lam, b = gamma * (1 - lam) * V_t + gamma * lam * r_t. A masked
-token is the identity; after the last token of a sequence X is gamma * bootstrap whatever follows: a = 0. Maps compose
-associatively, and at gamma = lam = 1 no value enters a sum: the result is exactly "rewards to come, minus value".
+so X_{t-1} = a * X_t + b is affine in X_t with a = gamma * lam, b = gamma * (1 - lam) * V_t + gamma * lam * r_t. A
+masked token is the identity; after the last token of a sequence X is gamma * bootstrap whatever follows: a = 0. Maps
+compose associatively, and at gamma = lam = 1 no value enters a sum: the result is exactly "rewards to come, minus value".
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _maps(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "steps", "num_blocks"])
 def _aggregate_kernel(
-    rewards, values, mask, starts, bootstrap, aggregates, num_tokens, num_sequences, steps, num_blocks, gamma, decay, blend,
+    rewards, values, mask, starts, bootstrap, aggregates,
+    num_tokens, num_sequences, steps, num_blocks, gamma, decay, blend,
     BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BOOTSTRAP: tl.constexpr,
 ):  # fmt: skip
     """The composition of all maps of a block, so that the second launch need not read what comes after its own."""
@@ -133,7 +135,7 @@ def _launch(
         aggregates,
     )
     sizes = (num_tokens, num_sequences, num_sequences.bit_length(), num_blocks, gamma, gamma * lam, gamma * (1 - lam))
-    meta = {"BLOCK": BLOCK, "HAS_MASK": mask_N is not None, "HAS_BOOTSTRAP": bootstrap_B is not None, "num_warps": 8}
+    meta = {"BLOCK": BLOCK, "HAS_MASK": mask_N is not None, "HAS_BOOTSTRAP": bootstrap_B is not None, "num_warps": 4}
     if num_blocks > 1:
         launch(_aggregate_kernel, (num_blocks,), *inputs, *sizes, **meta)
     launch(
@@ -153,7 +155,7 @@ def gae(
 
 
 @gae.register_fake
-def _(rewards_N, *_rest):  # type: ignore[no-untyped-def]
+def _(rewards_N, *_rest):
     return tuple(rewards_N.new_empty(rewards_N.shape, dtype=torch.float32) for _ in range(2))
 
 
@@ -163,14 +165,12 @@ def gae_moments(
     mask_N: Tensor | None, bootstrap_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`gae`, and the moments of the advantages for `whiten` without another pass over them."""
-    moments_3P = torch.empty((3, cdiv(len(rewards_N), BLOCK)), dtype=torch.float32, device=rewards_N.device)
-    advantages_N, returns_N = _launch(
-        rewards_N, values_N, cu_seqlens_B1, gamma, lam, mask_N, bootstrap_B, moments_3P
-    )
+    moments_3P = torch.empty((3, cdiv(len(rewards_N), BLOCK)), dtype=torch.float64, device=rewards_N.device)
+    advantages_N, returns_N = _launch(rewards_N, values_N, cu_seqlens_B1, gamma, lam, mask_N, bootstrap_B, moments_3P)
     return advantages_N, returns_N, merge_moments(moments_3P)
 
 
 @gae_moments.register_fake
-def _(rewards_N, *_rest):  # type: ignore[no-untyped-def]
+def _(rewards_N, *_rest):
     advantages_N, returns_N = (rewards_N.new_empty(rewards_N.shape, dtype=torch.float32) for _ in range(2))
     return advantages_N, returns_N, rewards_N.new_empty(3, dtype=torch.float64)

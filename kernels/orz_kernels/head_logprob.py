@@ -1,6 +1,7 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Log-probs and entropy straight from the LM head, [N, V] never in memory: forward 2TVH, backward 6TVH operations.
 
-    z = hidden @ weight.T / tau,   dz = g * (onehot - p) - h * p * (log p + entropy),   dX = dz @ W,   dW = dz.T @ X
+z = hidden @ weight.T / tau,   dz = g * (onehot - p) - h * p * (log p + entropy),   dX = dz @ W,   dW = dz.T @ X
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def head_logprob_forward(
 
 
 @head_logprob_forward.register_fake
-def _(hidden_ND, *_rest):  # type: ignore[no-untyped-def]
+def _(hidden_ND, *_rest):
     return tuple(hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(3))
 
 
@@ -63,9 +64,7 @@ def head_logprob_grads(
         out_CV, product_CD = head.out_CV[: len(hidden_CD), : head.vocab], head.product_CD[: len(hidden_CD)]
         if need_hidden:
             product(out_CV, weight_VD, product_CD)
-            finish_hidden(
-                product_CD, weight_VD, targets_C, ones_N[rows], others_N[rows], None, grad_hidden_ND[rows]
-            )
+            finish_hidden(product_CD, weight_VD, targets_C, ones_N[rows], others_N[rows], None, grad_hidden_ND[rows])
         if need_weight:
             subtract_product(grad_weight_VD, out_CV.t(), hidden_CD, first=start == 0)
     if need_weight:
@@ -74,7 +73,7 @@ def head_logprob_grads(
 
 
 @head_logprob_grads.register_fake
-def _(hidden_ND, weight_VD, *rest):  # type: ignore[no-untyped-def]
+def _(hidden_ND, weight_VD, *rest):
     need_hidden, need_weight = rest[-2:]
     grad_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else 0)
     return grad_hidden_ND, weight_VD.new_empty(weight_VD.shape if need_weight else 0, dtype=torch.float32)

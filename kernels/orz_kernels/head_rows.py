@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """What the LM-head ops do row by row, around the tiles and the matrix products.
 
 `target2`, `reference` and `top` are in base 2; log-probs, entropy and logsumexp in nats.
@@ -102,7 +103,7 @@ def _rescale_kernel(
     partials, top, out, num_rows, vocab, tile_columns, partials_stride, out_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Bring the tiles of a row to the row's power of two: exact, and nothing to do unless a logit overflowed its reference."""
+    """Bring the tiles of a row to the row's power of two: exact, and only where a logit overflowed its reference."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     highest = tl.load(top + row, mask=row < num_rows, other=0.0)
     if tl.max(highest, 0) > 0:
@@ -186,7 +187,7 @@ def foretell(
 
 
 def combine(partials_TPC: Tensor, mode: int, target2_C: Tensor, reference_C: Tensor, out: tuple[Tensor, ...]) -> None:
-    """Fill `out`: log-probs, entropy, logsumexp, top, mass, others; of these GRAD fills the last alone, SUM the first three."""
+    """Fill `out`: log-probs, entropy, logsumexp, top, mass, others. GRAD fills the last alone, SUM the first three."""
     num_rows, stride = len(target2_C), partials_TPC.shape[2]
     launch(
         _combine_kernel, (cdiv(num_rows, COMBINE_ROWS),), partials_TPC, target2_C, reference_C, *out, num_rows,
@@ -217,7 +218,8 @@ def finish_hidden(
 ) -> None:  # fmt: skip
     launch(
         _finish_kernel, (cdiv(len(product_CD), ROWS),), product_CD, weight_VD, targets_C, factors_C, others_C,
-        optional(index_C, targets_C), grad_hidden_ND, *product_CD.shape, ROWS=ROWS, WIDTH=WIDTH, HAS_INDEX=index_C is not None, DTYPE=TL_DTYPES[grad_hidden_ND.dtype], num_warps=4,
+        optional(index_C, targets_C), grad_hidden_ND, *product_CD.shape, ROWS=ROWS, WIDTH=WIDTH,
+        HAS_INDEX=index_C is not None, DTYPE=TL_DTYPES[grad_hidden_ND.dtype], num_warps=4,
     )  # fmt: skip
 
 
@@ -234,4 +236,15 @@ def add_targets(
     )  # fmt: skip
 
 
-__all__ = ["EXP", "GRAD", "PARTIALS", "SUM", "add_targets", "combine", "finish_hidden", "foretell", "rescale", "scale_rows"]
+__all__ = [
+    "EXP",
+    "GRAD",
+    "PARTIALS",
+    "SUM",
+    "add_targets",
+    "combine",
+    "finish_hidden",
+    "foretell",
+    "rescale",
+    "scale_rows",
+]

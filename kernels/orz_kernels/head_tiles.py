@@ -1,17 +1,18 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Tiles of logits become what is needed of them, in registers: row sums, exponentials, or gradients.
 
-A tile is [rows, columns] of z = hidden @ weight.T in float32. In base 2, with scale2 = log2(e) / tau and a reference a row,
+A tile is [rows, columns] of z = hidden @ weight.T in float32. In base 2, with scale2 = log2(e) / tau,
 
     d = z * scale2 - reference          e = 2^(d - k)          k an integer for each (row, tile)
 
-Three modes share one epilogue and one layout of partial results [tile, (k, s, u, o), row], sums over the columns but the target's:
+Three modes share one epilogue and one layout of partial results [tile, (k, s, u, o), row]; sums leave the target out:
 
-    SUM   s = sum e, u = sum e * (d - k); k = ceil(max d); nothing is stored
-    EXP   the same, and E = rounded(e) is stored and o = sum E; k is 0 unless d exceeds LIMIT: PPO's sampled log-prob gives
-          a reference near the logsumexp before any logit is known, so there is no running maximum and no second pass
-    GRAD  stores E = rounded(e * (slope + spread * (log p + entropy))) where the reference is the logsumexp, and o = sum E
+    SUM   s = sum e, u = sum e * (d - k), k = ceil(max d); nothing is stored
+    EXP   the same, and E = rounded(e) is stored and o = sum E. k is 0 unless d exceeds LIMIT: PPO's sampled log-prob
+          gives a reference near the logsumexp before any logit is known, so there is no running maximum, no second pass
+    GRAD  stores E = rounded(e * (slope + spread * (log p + entropy))), the reference being the logsumexp; o = sum E
 
-The target's column is stored as 0: what it weighs, o, is exact in float32, so that a row of d loss / d logits sums to 0.
+The target's column is stored as 0. What it weighs is o, exact in float32: a row of d loss / d logits then sums to 0.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LIMIT = tl.constexpr(32.0)
 @triton.jit
 def _stored(e, DTYPE: tl.constexpr):
     """The tile as it is stored, and the same values as float32."""
-    if DTYPE == tl.bfloat16 and not INTERPRET:
+    if tl.bfloat16 == DTYPE and not INTERPRET:
         # Pairs: one conversion for two elements. Alone, each would queue for the units that make the exponentials.
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
@@ -57,7 +58,7 @@ def tile_epilogue(
     z, column, y, left, reference, slope, spread, entropy, scale2,
     MODE: tl.constexpr, SPREAD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The stored tile, and k, s, u, o by row. `column` counts from the tile's first, `y` is the target there, `left` the width."""
+    """The stored tile, and k, s, u, o by row. Columns and targets y count from the tile's first; `left` columns exist."""
     apart = (column[None, :] == y[:, None]) | (column[None, :] >= left)
     z = tl.where(apart, LOWEST, z)
     if MODE == _GRAD:
@@ -131,7 +132,7 @@ def head_tiles_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     MODE: tl.constexpr, SPREAD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Matrix product and epilogue in one: logits never leave the registers. Persistent; loads by the tensor copy engine.
+    """Matrix product and epilogue in one: logits stay in registers. Persistent; loads by the tensor copy engine.
 
     The loop is flat over (tile, step), so that the copies for the next tile are under way during an epilogue.
     """

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """The one place that starts a Triton kernel; `compile_check` listens here, so it compiles exactly what is launched."""
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def as_bytes(mask_N: Tensor | None, standin: Tensor) -> Tensor:
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 to DTYPE to nearest even, on the GPU and in the interpreter alike."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Log-probabilities and entropy from materialised logits: one read forward, one read and one write (in place) backward.
 
     p = softmax(z / tau),  logprob = log p_y,  entropy = -sum p log p
@@ -92,7 +93,7 @@ def logprob_forward(logits_NV: Tensor, targets_N: Tensor, temperature: float) ->
 
 
 @logprob_forward.register_fake
-def _(logits_NV, *_rest):  # type: ignore[no-untyped-def]
+def _(logits_NV, *_rest):
     return tuple(logits_NV.new_empty(len(logits_NV), dtype=torch.float32) for _ in range(3))
 
 
@@ -115,14 +116,12 @@ def logprob_backward_apart(
     grad_entropy_N: Tensor | None, temperature: float,
 ) -> Tensor:  # fmt: skip
     grad_NV = torch.empty_like(logits_NV)
-    _backward(
-        logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature, grad_NV
-    )
+    _backward(logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature, grad_NV)
     return grad_NV
 
 
 @logprob_backward_apart.register_fake
-def _(logits_NV, *_rest):  # type: ignore[no-untyped-def]
+def _(logits_NV, *_rest):
     return torch.empty_like(logits_NV)
 
 
@@ -132,9 +131,7 @@ def logprob_backward_in_place(
     grad_entropy_N: Tensor | None, temperature: float,
 ) -> None:  # fmt: skip
     # A program writes only what it alone has read.
-    _backward(
-        logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature, logits_NV
-    )
+    _backward(logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature, logits_NV)
 
 
 def logprob_backward(

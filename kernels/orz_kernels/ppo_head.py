@@ -1,16 +1,19 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """LM head, log-prob, PPO loss, statistics and gradients in one pass: 6TVH operations, no logits kept or made twice.
 
-A token's gradient with respect to its logits is slope / tau * (onehot - p), and slope depends on nothing but its own log-prob,
-sampled log-prob and advantage. With E = exp(z - reference), S its sum and f = slope / (tau * S), the gradients are
+A token's gradient with respect to its logits is slope / tau * (onehot - p), and slope depends on nothing but its own
+log-prob, sampled log-prob and advantage. With E = exp(z - reference), S its sum and f = slope / (tau * S), the gradients are
 
     dX = f * (o * W[y] - E @ W)            dW = onehot.T @ (o * f * X) - E.T @ (f * X)
 
-where E[y] is left out and o is the sum of the *stored* others, so that rounding cannot push a row of dz off its zero sum: what
-all rows of W have in common would leak into dX otherwise. No value is read back to the host, except the number of rows
-that a mask keeps.
+where E[y] is left out and o is the sum of the *stored* others, so that rounding cannot push a row of dz off its zero sum:
+what all rows of W have in common would leak into dX otherwise. No value is read back to the host, except the number of
+rows that a mask keeps.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +37,7 @@ class _Rows:
 
 def _chunk(
     head: Head, at: slice, rows: _Rows, hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, index_C: Tensor | None,
-    policy: tuple[Tensor | None, ...], clips: tuple[float | None, ...], inverse_tau: float,
+    policy: tuple[Any, ...], clips: tuple[Any, ...], inverse_tau: float,
     grad_hidden_ND: Tensor | None, grad_weight_VD: Tensor | None,
 ) -> None:  # fmt: skip
     sampled_C = policy[0]
@@ -45,7 +48,7 @@ def _chunk(
     if grad_hidden_ND is None and grad_weight_VD is None:
         return
     rescale(head.partials_TPC, rows.top[at], head.out_CV, head.vocab, head.tiles.columns)
-    slopes_C, _ = policy_terms(rows.logprobs[at], *policy, *clips)  # type: ignore[arg-type]
+    slopes_C, _ = policy_terms(rows.logprobs[at], *policy, *clips)
     scaled_CD = torch.empty_like(hidden_CD)
     scale_rows(hidden_CD, slopes_C, rows.mass[at], rows.factors[at], scaled_CD, inverse_tau)
     out_CV = head.out_CV[: len(hidden_CD), : head.vocab]
@@ -74,9 +77,9 @@ def compute(
 
     if index_M is not None:
         hidden_ND, targets_N = hidden_ND[index_M], targets_N[index_M]
-    policy_M = tuple(kept(x) for x in (sampled_logprobs_N, advantages_N, proximal_logprobs_N))
+    policy_M: tuple[Any, ...] = tuple(kept(x) for x in (sampled_logprobs_N, advantages_N, proximal_logprobs_N))
     denominator = denominator if index_M is None or not denominator.dim() else denominator[index_M]
-    clips = (clip_low, clip_high, dual_clip, behaviour_cap)
+    clips: tuple[Any, ...] = (clip_low, clip_high, dual_clip, behaviour_cap)
     head = plan(hidden_ND, weight_VD, temperature, chunk, EXP, variant, tiles)
     rows = _Rows(len(hidden_ND), device)
     make = torch.empty if index_M is None else torch.zeros
@@ -92,7 +95,8 @@ def compute(
         )  # fmt: skip
     if grad_weight_VD is not None:
         add_targets(grad_weight_VD, hidden_ND, targets_N, rows.factors, rows.others)
-    _, partials_FP = policy_terms(rows.logprobs, *policy_M, rows.entropy, None, denominator, *clips)  # type: ignore[arg-type]
+    everything: list[Any] = [rows.logprobs, *policy_M, rows.entropy, None, denominator, *clips]
+    _, partials_FP = policy_terms(*everything)
     loss, stats_F = merge_partials(partials_FP, has_extremes=True)
     logprobs_N, entropy_N = rows.logprobs.clone(), rows.entropy.clone()
     if index_M is not None:
@@ -123,7 +127,7 @@ def ppo_head_grads(
 
 
 @ppo_head_grads.register_fake
-def _(hidden_ND, weight_VD, targets_N, *rest):  # type: ignore[no-untyped-def]
+def _(hidden_ND, weight_VD, targets_N, *rest):
     need_hidden, need_weight = rest[-2:]
     new = hidden_ND.new_empty
     return (

@@ -1,7 +1,9 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """The clipped policy loss, its derivative and its statistics: one pass over the tokens, one small merge.
 
-    ratio = current / proximal           weight = min(proximal / sampled, cap)        rho = current / sampled
-    loss  = sum -weight * A * clip(ratio) / denominator        slope = -weight * A * ratio / denominator where not clipped
+    ratio = current / proximal        weight = min(proximal / sampled, cap)        rho = current / sampled
+    loss  = sum -weight * A * clip(ratio) / denominator
+    slope = -weight * A * ratio / denominator where not clipped, else 0
 
 The proximal policy is the sampling one where none is given, and the weight is then 1. Each block of tokens writes its
 partial sums, and one program a statistic adds them in their order, in float64: results repeat bitwise.
@@ -39,11 +41,11 @@ def _limited_exp(x):
 
 
 @triton.jit
-def kl3(d):
+def _kl3(d, exp_d):
     """exp(d) - 1 - d. Below 0.5 by its series: there the difference cancels, to 0 for |d| under 3e-4."""
-    tail = 1 + d / 6 * (1 + d / 7 * (1 + d / 8 * (1 + d / 9)))
-    series = d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * tail)))
-    return tl.where(tl.abs(d) < 0.5, series, tl.exp2(d * _LOG2E) - 1 - d)
+    tail = 1 + d * (1.0 / 6) * (1 + d * (1.0 / 7) * (1 + d * (1.0 / 8) * (1 + d * (1.0 / 9))))
+    series = d * d * 0.5 * (1 + d * (1.0 / 3) * (1 + d * 0.25 * (1 + d * 0.2 * tail)))
+    return tl.where(tl.abs(d) < 0.5, series, exp_d - 1 - d)
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _put(partials, x, field: tl.constexpr, block, num_blocks):
 
 
 @triton.jit
-def _put_mean_field(partials, ratio, kept, block, num_blocks):
+def _put_extremes(partials, ratio, kept, block, num_blocks):
     tl.store(partials + 6 * num_blocks + block, tl.max(tl.where(kept, ratio, -float("inf")), 0))
     tl.store(partials + 7 * num_blocks + block, tl.min(tl.where(kept, ratio, float("inf")), 0))
 
@@ -97,9 +99,9 @@ def _loss_kernel(
     _put(partials, clip_high.to(tl.float32), 3, block, num_blocks)
     _put(partials, clip_dual.to(tl.float32), 4, block, num_blocks)
     _put(partials, tl.where(kept, ratio, 0.0), 5, block, num_blocks)
-    _put_mean_field(partials, ratio, kept, block, num_blocks)
+    _put_extremes(partials, ratio, kept, block, num_blocks)
     _put(partials, -drift, 8, block, num_blocks)
-    _put(partials, kl3(tl.minimum(tl.maximum(drift, -LIMIT), LIMIT)), 9, block, num_blocks)
+    _put(partials, tl.where(kept, _kl3(tl.minimum(tl.maximum(drift, -LIMIT), LIMIT), rho), 0.0), 9, block, num_blocks)
     _put(partials, weight, 10, block, num_blocks)
     _put(partials, (raw > weight).to(tl.float32), 11, block, num_blocks)
     _put(partials, rho, 12, block, num_blocks)
@@ -184,7 +186,7 @@ def ppo_loss(
 
 
 @ppo_loss.register_fake
-def _(logprobs_N, *_rest):  # type: ignore[no-untyped-def]
+def _(logprobs_N, *_rest):
     loss = logprobs_N.new_empty((), dtype=torch.float32)
     slopes_N = logprobs_N.new_empty(logprobs_N.shape, dtype=torch.float32)
     return loss, slopes_N, logprobs_N.new_empty(len(FIELDS), dtype=torch.float64)

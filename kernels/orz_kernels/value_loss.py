@@ -1,7 +1,8 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """The clipped value loss, its derivative and its statistics: one pass over the tokens, one small merge.
 
-    error = R - V         clipped error = R - (V_old + clamp(V - V_old, -clip, clip))
-    loss  = sum 0.5 * max(error^2, clipped error^2) / denominator        slope = -error / denominator, 0 where clipped
+error = R - V         clipped error = R - (V_old + clamp(V - V_old, -clip, clip))
+loss  = sum 0.5 * max(error^2, clipped error^2) / denominator        slope = -error / denominator, 0 where clipped
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def value_loss(
 
 
 @value_loss.register_fake
-def _(values_N, *_rest):  # type: ignore[no-untyped-def]
+def _(values_N, *_rest):
     loss = values_N.new_empty((), dtype=torch.float32)
     slopes_N = values_N.new_empty(values_N.shape, dtype=torch.float32)
     return loss, slopes_N, values_N.new_empty(len(FIELDS), dtype=torch.float64)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Moments by blocks, merged in a fixed order (Chan, Golub and LeVeque 1979), and whitening with them.
 
 Never E[x^2] - mean^2: it cancels. A block gives (n, mean, M2 = sum of (x - mean)^2); blocks merge exactly:
@@ -21,13 +22,19 @@ MERGE = 1024
 
 @triton.jit
 def block_moments(moments, x, kept, block, num_blocks):
-    """Store count, mean and M2 of the kept elements of one block into row-major [3, num_blocks]."""
+    """Store count, mean and M2 of the kept elements of one block into row-major float64 [3, num_blocks].
+
+    Far from 0 the first mean is rounded by more than the spread may bear; what the deviations from it add up to says
+    by how much.
+    """
     count = tl.sum(kept.to(tl.float32), 0)
-    mean = tl.sum(tl.where(kept, x, 0.0), 0) / tl.maximum(count, 1.0)
+    least = tl.maximum(count, 1.0)
+    mean = tl.sum(tl.where(kept, x, 0.0), 0) / least
     deviation = tl.where(kept, x - mean, 0.0)
-    tl.store(moments + block, count)
-    tl.store(moments + num_blocks + block, mean)
-    tl.store(moments + 2 * num_blocks + block, tl.sum(deviation * deviation, 0))
+    rest = tl.sum(deviation, 0)
+    tl.store(moments + block, count.to(tl.float64))
+    tl.store(moments + num_blocks + block, mean.to(tl.float64) + (rest / least).to(tl.float64))
+    tl.store(moments + 2 * num_blocks + block, (tl.sum(deviation * deviation, 0) - rest * rest / least).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["num_elements", "num_blocks"])
@@ -48,17 +55,17 @@ def _merge_kernel(moments, out, num_blocks, MERGE: tl.constexpr):
     total = tl.zeros((MERGE,), tl.float64)
     for start in range(0, num_blocks, MERGE):
         inside = start + lane < num_blocks
-        n = tl.load(moments + start + lane, mask=inside, other=0.0).to(tl.float64)
+        n = tl.load(moments + start + lane, mask=inside, other=0.0)
         count += n
-        total += n * tl.load(moments + num_blocks + start + lane, mask=inside, other=0.0).to(tl.float64)
+        total += n * tl.load(moments + num_blocks + start + lane, mask=inside, other=0.0)
     n_all = tl.sum(count, 0)
     mean_all = tl.sum(total, 0) / tl.maximum(n_all, 1.0)
     m2 = tl.zeros((MERGE,), tl.float64)
     for start in range(0, num_blocks, MERGE):
         inside = start + lane < num_blocks
-        n = tl.load(moments + start + lane, mask=inside, other=0.0).to(tl.float64)
-        apart = tl.load(moments + num_blocks + start + lane, mask=inside, other=0.0).to(tl.float64) - mean_all
-        m2 += tl.load(moments + 2 * num_blocks + start + lane, mask=inside, other=0.0).to(tl.float64)
+        n = tl.load(moments + start + lane, mask=inside, other=0.0)
+        apart = tl.load(moments + num_blocks + start + lane, mask=inside, other=0.0) - mean_all
+        m2 += tl.load(moments + 2 * num_blocks + start + lane, mask=inside, other=0.0)
         m2 += n * apart * apart
     tl.store(out, n_all)
     tl.store(out + 1, mean_all)
@@ -80,7 +87,7 @@ def _whiten_kernel(x, mask, moments, out, num_elements, eps, BLOCK: tl.constexpr
 
 
 def merge_moments(moments_3P: Tensor) -> Tensor:
-    """float64 [3] of float32 [3, P]."""
+    """[3] of [3, P], float64."""
     out_3 = torch.empty(3, dtype=torch.float64, device=moments_3P.device)
     launch(_merge_kernel, (1,), moments_3P, out_3, moments_3P.shape[1], MERGE=MERGE, num_warps=4)
     return out_3
@@ -90,7 +97,7 @@ def merge_moments(moments_3P: Tensor) -> Tensor:
 def moments(x_N: Tensor, mask_N: Tensor | None) -> Tensor:
     """float64 [3]: count, mean and sum of squared deviations of the elements that count."""
     num_blocks = cdiv(len(x_N), BLOCK)
-    moments_3P = torch.empty((3, num_blocks), dtype=torch.float32, device=x_N.device)
+    moments_3P = torch.empty((3, num_blocks), dtype=torch.float64, device=x_N.device)
     launch(
         _moments_kernel, (num_blocks,), x_N, as_bytes(mask_N, x_N), moments_3P, len(x_N), num_blocks,
         BLOCK=BLOCK, HAS_MASK=mask_N is not None, num_warps=8,
@@ -99,7 +106,7 @@ def moments(x_N: Tensor, mask_N: Tensor | None) -> Tensor:
 
 
 @moments.register_fake
-def _(x_N, _mask_N):  # type: ignore[no-untyped-def]
+def _(x_N, _mask_N):
     return x_N.new_empty(3, dtype=torch.float64)
 
 
@@ -115,5 +122,5 @@ def whiten(x_N: Tensor, mask_N: Tensor | None, moments_3: Tensor, eps: float) ->
 
 
 @whiten.register_fake
-def _(x_N, *_rest):  # type: ignore[no-untyped-def]
+def _(x_N, *_rest):
     return x_N.new_empty(x_N.shape, dtype=torch.float32)

@@ -23,7 +23,9 @@ class Alarms:
         self._push(rollout.deadline, rollout)
 
     def watch_peer(self, peer: Peer) -> None:
-        heappush(self._silences, (peer.seen + peer.patience, peer.name))
+        """Look at this generator when its patience is over; replaces an earlier promise."""
+        peer.alarm = peer.seen + peer.patience
+        heappush(self._silences, (peer.alarm, peer.name))
 
     def overdue(self, now: float) -> Iterator[Rollout]:
         """Held rollouts whose lease ran out. A queued one lives as long as its generator makes progress elsewhere."""
@@ -41,9 +43,9 @@ class Alarms:
 
     def silent(self, now: float) -> Iterator[Peer]:
         while self._silences and self._silences[0][0] <= now:
-            _, name = heappop(self._silences)
+            due, name = heappop(self._silences)
             peer = self._peers.get(name)
-            if peer is None:
+            if peer is None or peer.alarm != due:
                 continue
             if peer.seen + peer.patience > now:
                 self.watch_peer(peer)

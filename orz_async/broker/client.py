@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from orz_async.broker import wire
-from orz_async.broker.messages import Bye, Hello, ToBroker, ToGenerator, Welcome
+from orz_async.broker.messages import Bye, Hello, Leave, ToBroker, ToGenerator, Welcome
 from orz_async.errors import PeerLostError, WireError
 from orz_async.observe.events import EventLog
 
@@ -25,6 +25,8 @@ _BACKOFF_S = (0.1, 2.0)
 _GREETING_S = 5.0
 """Patience for a connection and for the broker's answer to Hello."""
 _SILENT_HEARTBEATS = 3
+_LEAST_SILENCE_S = 3.0
+"""A learner that writes a checkpoint to a slow disk is not dead; a closed connection is noticed at once anyway."""
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _LOST |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
@@ -64,9 +66,13 @@ class BrokerClient:
         self._deadline = 0.0
         """Of the present phase; each frame moves it."""
         self._backoff_s = _BACKOFF_S[0]
+        self._leaving = False
 
     def poll(self, timeout_s: float) -> list[ToGenerator]:
         """Messages that have arrived; waits for the first at most so long. PeerLostError after `reconnect_s`."""
+        # Look before judging silence: the caller may have been away for longer than the broker may be silent.
+        if received := self._receive():
+            return received
         now = time.monotonic()
         if now - self.waiting_since > self.reconnect_s:
             raise PeerLostError(
@@ -85,17 +91,25 @@ class BrokerClient:
             time.sleep(wait_s)
             return []
         ready = dict(self._poller.poll(int(wait_s * 1000)))
-        received = self._receive() if self._socket in ready else []
-        if self._monitor is not None and self._monitor in ready:
-            self._watch()
+        received = self._receive()
+        if self._monitor is not None and self._monitor in ready and self._watch():
+            # What arrived before the connection was lost is still there to be read: a last Bye, for one.
+            received += self._receive()
+            self._lose("the connection was closed")
         return received
 
     def send(self, message: ToBroker) -> bool:
         """False if there is no connection or it is full; what matters is sent again after the next Welcome."""
+        self._leaving = self._leaving or isinstance(message, Leave)
         return self.phase is Phase.SERVING and self._send(message)
 
     def close(self) -> None:
-        """Idempotent. What was sent is given a second to leave."""
+        """Idempotent. After a Leave, wait for the broker's Bye (a second at most): hanging up on unread data could
+        destroy the Leave on its way.
+        """
+        deadline = time.monotonic() + 1.0
+        while self._leaving and self.phase is Phase.SERVING and (wait_s := deadline - time.monotonic()) > 0:
+            self.poll(wait_s)
         self._drop_socket(linger_ms=1000)
         self.phase = Phase.ENDED
         if not self._context.closed:
@@ -130,19 +144,20 @@ class BrokerClient:
             raise WireError(f"expected an address like tcp://HOST:PORT, got {self.address!r}: {error}") from error
         self.phase, self._deadline = Phase.CONNECTING, now + _GREETING_S
 
-    def _watch(self) -> None:
-        """React to what happened to the connection."""
+    def _watch(self) -> bool:
+        """React to what happened to the connection; True if it is lost."""
         while self._monitor is not None:
             try:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
             except zmq.Again:
-                return
+                return False
             if event & _LOST:
-                self._lose("the connection was closed")
-            elif self.phase is Phase.CONNECTING:
+                return True
+            if self.phase is Phase.CONNECTING:
                 self._sequence = 0
                 self._send(self.hello)
                 self.phase, self._deadline = Phase.GREETING, time.monotonic() + _GREETING_S
+        return False
 
     def _receive(self) -> list[ToGenerator]:
         received: list[ToGenerator] = []
@@ -164,7 +179,7 @@ class BrokerClient:
             elif not isinstance(message, Bye) and (self.phase is not Phase.SERVING or header.epoch != self.epoch):
                 continue
             self.waiting_since = time.monotonic()
-            self._deadline = self.waiting_since + max(_SILENT_HEARTBEATS * self._heartbeat_s, 1.0)
+            self._deadline = self.waiting_since + max(_SILENT_HEARTBEATS * self._heartbeat_s, _LEAST_SILENCE_S)
             received.append(message)
             if isinstance(message, Bye):
                 self._drop_socket(linger_ms=0)
@@ -194,7 +209,9 @@ class BrokerClient:
         return True
 
     def _lose(self, why: str) -> None:
-        """Give the connection up and wait before the next one."""
+        """Give the connection up and wait before the next one, unless there was a Bye."""
+        if self.phase is Phase.ENDED:
+            return
         if self.phase is Phase.SERVING:
             self.events.emit("disconnected", address=self.address, reason=why)
         self._drop_socket(linger_ms=0)

@@ -52,8 +52,8 @@ class Journal:
             self._adopt()
             if self._sizes and self.next_index < at_least:
                 raise CheckpointError(
-                    f"the checkpoint knows of {at_least} journal records, {self.folder} has {self.next_index}: it was "
-                    "damaged; resume from an older checkpoint, or move the folder away to sample the lost rollouts again"
+                    f"expected the {at_least} journal records that the checkpoint knows of, {self.folder} has "
+                    f"{self.next_index}; resume from an older checkpoint, or move the folder away and lose the rest"
                 )
             self.next_index = self.durable = max(self.next_index, at_least)
             self._check_space()

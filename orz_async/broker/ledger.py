@@ -208,7 +208,7 @@ class Ledger:
         if accepted == ref.attempt:
             self._out.append(Send(generator, Ack(ref)))
         else:
-            reason = "fenced: this attempt had expired" if self._was_granted(ref) else "no such lease"
+            reason = "fenced: this attempt had expired" if self.was_granted(ref) else "no such lease"
             self._out.append(Send(generator, Nack(ref, reason)))
 
     def _accepted_attempt(self, ref: LeaseRef) -> int | None:
@@ -216,7 +216,7 @@ class Ledger:
             return self.evals.attempts.get(ref.rollout)
         return self.book.accepted_attempt(ref.rollout)
 
-    def _was_granted(self, ref: LeaseRef) -> bool:
+    def was_granted(self, ref: LeaseRef) -> bool:
         if ref.kind == "eval":
             return self.evals.was_started(ref.rollout)
         return 0 <= ref.rollout < self.book.next_rollout

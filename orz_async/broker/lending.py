@@ -50,30 +50,21 @@ class Lender:
             total = self.num_held + self.num_grantable
             room = min(room, -(-total * peer.slots // self.num_slots) - len(peer.held))
         chosen: list[Rollout] = []
-        self._from_queue(self.evals.lost, self.evals.rollouts, peer, now, room, chosen)
-        self._from_queue(self.book.lost, self.book.rollouts, peer, now, room, chosen)
+        # It may have fetched weights that are not announced yet, and it may claim anything.
+        served = min(peer.version, self.book.version)
+        for lost, rollouts in ((self.evals.lost, self.evals.rollouts), (self.book.lost, self.book.rollouts)):
+            avoided: list[Rollout] = []
+            # Floors rise with numbers, so the first one out of reach ends the search.
+            while lost and len(chosen) < room and rollouts[lost[0]].floor <= served:
+                rollout = rollouts[heappop(lost)]
+                (avoided if self._avoids(rollout, peer, now) else chosen).append(rollout)
+            for rollout in avoided:
+                heappush(lost, rollout.number)
         limit = self.book.limit
-        while len(chosen) < room and self.book.next_rollout < limit:
-            if self.book.floor(self.book.next_rollout) > peer.version:
-                break
+        while len(chosen) < room and (number := self.book.next_rollout) < limit and self.book.floor(number) <= served:
             chosen.append(self.book.admit())
         self.num_held += len(chosen)
         return chosen
-
-    def _from_queue(
-        self, lost: list[int], rollouts: dict[int, Rollout], peer: Peer, now: float, room: int, chosen: list[Rollout]
-    ) -> None:
-        served = min(peer.version, self.book.version)
-        avoided = []
-        # Floors rise with numbers, so the first one out of reach ends the search.
-        while lost and len(chosen) < room and rollouts[lost[0]].floor <= served:
-            rollout = rollouts[heappop(lost)]
-            if self._avoids(rollout, peer, now):
-                avoided.append(rollout.number)
-            else:
-                chosen.append(rollout)
-        for number in avoided:
-            heappush(lost, number)
 
     def _avoids(self, rollout: Rollout, peer: Peer, now: float) -> bool:
         """A rollout goes first to another generator than the one that lost it, for lease_s if there is another."""

@@ -20,6 +20,8 @@ from orz_async.records import Trajectory
 MAX_REJECTIONS = 16
 """Bad frames and refused results, less the accepted ones, after which a generator is no longer heard."""
 MAX_NAME = 64
+MAX_NAMES = 1000
+"""Refusals reported; who invents names faster than that is not worth the disk."""
 MAX_REASON = 200
 """Characters of a peer's reason that are kept."""
 
@@ -51,6 +53,8 @@ class Reception:
         self.welcome = welcome
         self.refused: dict[str, str] = {}
         """Generators that are no longer heard, and why."""
+        self._turned_away: set[str] = set()
+        """Names whose refusal has been reported."""
         self.stray_frames = 0
         """Bad frames on connections that never said Hello."""
 
@@ -61,11 +65,8 @@ class Reception:
             if len(parts) != 1:
                 raise WireError(f"a message has one frame, this one has {len(parts)}")
             header, message = wire.decode_to_broker(parts[0])
-        except wire.VersionError as error:
-            self.switchboard.send_to(identity, Bye(str(error), finished=False))
-            return False
         except WireError as error:
-            self._bad_frame(identity, connection, str(error), to)
+            self._bad_frame(identity, connection, error, to)
             return False
         if isinstance(message, Hello):
             self._hello(identity, header, message, to, now)
@@ -78,6 +79,7 @@ class Reception:
         connection.received = header.sequence
         connection.heard = now
         if connection.name not in self.ledger.peers:
+            self.events.emit("joined", generator=connection.name, reason="it speaks again")
             to.apply(Joined(connection.name, 0))
         return self._hear(connection, message, to, now)
 
@@ -96,12 +98,15 @@ class Reception:
                 to.apply(Failed(name, message.lease, message.reason[:MAX_REASON], message.returned))
             case Leave():
                 to.apply(Left(name, message.reason[:MAX_REASON]))
+                self.switchboard.send_to(connection.identity, Bye("as you wish", finished=False))
                 self.switchboard.disconnect(connection)
         return False
 
     def _hello(self, identity: bytes, header: wire.Header, hello: Hello, to: Ledgerward, now: float) -> None:
         if reason := self._refusal(identity, header, hello, to, now):
-            self.events.emit("refused", generator=hello.name[:MAX_NAME], reason=reason)
+            if len(self._turned_away) < MAX_NAMES and hello.name[:MAX_NAME] not in self._turned_away:
+                self._turned_away.add(hello.name[:MAX_NAME])
+                self.events.emit("refused", generator=hello.name[:MAX_NAME], reason=reason)
             self.switchboard.send_to(identity, Bye(reason, finished=False))
             return
         connection = Connection(identity, hello, since=now, heard=now, sent=now, received=header.sequence)
@@ -144,6 +149,8 @@ class Reception:
         terms = self.ledger.terms(connection.name, ref)
         if terms is None:
             to.apply(Finished(connection.name, ref, version_first=-1))
+            if not self.ledger.was_granted(ref):
+                self._penalise(connection, "a result without a lease", to)
             return False
         book = self.ledger.book
         problem = problem_of(
@@ -163,10 +170,13 @@ class Reception:
         connection.count_tokens(trajectory.num_response_tokens, now)
         return True
 
-    def _bad_frame(self, identity: bytes, connection: Connection | None, problem: str, to: Ledgerward) -> None:
+    def _bad_frame(self, identity: bytes, connection: Connection | None, error: WireError, to: Ledgerward) -> None:
         if connection is None:
             self.stray_frames += 1
+            if isinstance(error, wire.VersionError):
+                self.switchboard.send_to(identity, Bye(str(error), finished=False))
             return
+        problem = str(error)
         self.events.emit("bad_frame", generator=connection.name, reason=problem)
         # A damaged result would be missed for ever: after a Welcome the generator repeats what was not acknowledged.
         if not self._penalise(connection, problem, to):

@@ -74,6 +74,8 @@ class Peer:
     """Seconds of silence after which its leases are lent to others."""
     grew: float
     """When any of its leases last made progress."""
+    alarm: float = 0.0
+    """When to look whether it is silent."""
     version: int = -1
     held: dict[tuple[Kind, int], Rollout] = field(default_factory=dict)
 

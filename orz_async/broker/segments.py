@@ -66,7 +66,8 @@ def run_of(path: Path) -> bytes | None:
     magic, layout, _, run, _ = _HEADER.unpack_from(head)
     if magic != MAGIC or layout != LAYOUT:
         raise DiskError(
-            f"expected a journal of layout {LAYOUT}, {path} has {magic!r} {layout}; read it with the release that wrote it"
+            f"expected a journal of layout {LAYOUT}, found {magic!r} {layout} in {path}; "
+            "read it with the release that wrote it"
         )
     return bytes(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -23,13 +24,17 @@ from orz_async.broker.shelf import Shelf
 from orz_async.broker.switchboard import Switchboard, check_bind
 from orz_async.broker.wire import run_hash
 from orz_async.config import Config
-from orz_async.errors import PeerLostError, PortError
+from orz_async.errors import DiskError, PeerLostError, PortError
 from orz_async.observe.events import EventLog
 from orz_async.records import Prompt, Trajectory
 
 __all__ = ["Broker", "PromptSource", "ResumePoint"]
 
 T = TypeVar("T")
+
+
+class _ClosedError(RuntimeError):
+    """A call to a broker that does not run."""
 
 
 class Broker:
@@ -87,7 +92,8 @@ class Broker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             switchboard = Switchboard(self._context, self._run_id, self._epoch, self._welcome.max_model_tokens)
-            self.address = switchboard.bind(self._config.broker.bind)
+            last = self._run_dir / "address"
+            self.address = switchboard.bind(self._config.broker.bind, last.read_text() if last.is_file() else "")
         except PortError:
             self._context.term()
             self._journal.close()
@@ -131,16 +137,19 @@ class Broker:
         finally:
             with self._lock:
                 self._closed = True
-            self._service.fail(self._failure or RuntimeError("the broker is closed"))
+            self._service.fail(self._failure or _ClosedError("the broker is closed"))
             wakeup.close(0)
             self._service.switchboard.close()
-            self._journal.close()
+            try:
+                self._journal.close()
+            except DiskError as error:
+                self._failure = self._failure or error
 
     def _call(self, function: Callable[[], T]) -> T:
         answer: Future[Any] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("the broker is not running") from self._failure
+                raise self._failure or _ClosedError("the broker is not running")
             self._service.inbox.put((function, answer))
             self._bell.send(b"")
         result: T = answer.result()
@@ -212,12 +221,15 @@ class Broker:
         """Say goodbye to every generator (finished: the run is complete) and end. A second call does nothing."""
         if self._thread is None:
             return
-        if not self._closed:
-            self._call(lambda: self._service.stop(finished, reason))
-        self._thread.join()
-        self._thread = None
-        self._bell.close(0)
-        self._context.term()
+        try:
+            if not self._closed:
+                with contextlib.suppress(_ClosedError):  # its thread may end by itself in between
+                    self._call(lambda: self._service.stop(finished, reason))
+        finally:
+            self._thread.join()
+            self._thread = None
+            self._bell.close(0)
+            self._context.term()
 
 
 def _check_lag(batch: list[Trajectory], step: int, max_lag: int) -> None:

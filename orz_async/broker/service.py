@@ -49,6 +49,10 @@ from orz_async.records import Trajectory
 
 _FRAMES_A_TURN = 256
 """So that a flood of frames delays a call of the learner by some milliseconds at most."""
+_NACKS_REPORTED = 100
+"""Of one generator."""
+_GOODBYE_S = 2.0
+"""Generators have so long to hang up at the end."""
 
 
 class Service:
@@ -89,6 +93,7 @@ class Service:
         """Leases granted since the last publication, by generator."""
         self._oldest_records: dict[int, int] = {}
         """By version of a snapshot: the oldest journal record that it needs."""
+        self._num_nacks: Counter[str] = Counter()
         self._stopping = False
         self._heartbeat_s = ledger.config.heartbeat_s
 
@@ -147,8 +152,7 @@ class Service:
             case Send():
                 self.outbox.say(action.generator, action.message)
                 if isinstance(action.message, Nack):
-                    nack = action.message
-                    self.events.emit("nack", generator=action.generator, lease=nack.lease, reason=nack.reason)
+                    self._report_nack(action.generator, action.message)
             case Accepted():
                 self._store(action)
             case Granted():
@@ -164,6 +168,12 @@ class Service:
                 self.events.emit("left", generator=action.generator, reason=action.reason)
             case Evaluated():
                 self._deliver_evaluation(action.version)
+
+    def _report_nack(self, generator: str, nack: Nack) -> None:
+        self._num_nacks[generator] += 1
+        # A hostile generator must not be able to fill the disk through the event log.
+        if self._num_nacks[generator] <= _NACKS_REPORTED:
+            self.events.emit("nack", generator=generator, lease=nack.lease, reason=nack.reason)
 
     def _grant(self, granted: Granted) -> None:
         train = tuple(terms for terms in granted.terms if terms.kind == "train")
@@ -280,8 +290,7 @@ class Service:
 
     def stop(self, finished: bool, reason: str) -> None:
         self.outbox.finish(time.monotonic())
-        for name in list(self.switchboard.by_name):
-            self.switchboard.send(name, Bye(reason, finished), time.monotonic())
+        self.switchboard.say_goodbye(Bye(reason, finished), _GOODBYE_S)
         self.report_funnel()
         self._stopping = True
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import zmq
 
 from orz_async.broker import wire
-from orz_async.broker.messages import Hello, ToGenerator
+from orz_async.broker.messages import Bye, Hello, ToGenerator
 from orz_async.errors import ConfigError, PortError
 
 _RATE_S = 10.0
@@ -91,7 +93,13 @@ class Switchboard:
         for option, value in options.items():
             self.socket.setsockopt(option, value)
 
-    def bind(self, address: str) -> str:
+    def bind(self, address: str, last: str = "") -> str:
+        """Listen there; with port 0 at the `last` address if it is free, where generators wait for a new learner."""
+        host = address.removesuffix(":0")
+        if host != address and last.startswith(f"{host}:"):
+            with suppress(zmq.ZMQError):
+                self.socket.bind(last)
+                return last
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
@@ -147,6 +155,22 @@ class Switchboard:
                 self.disconnect(connection)
             return False
         return True
+
+    def say_goodbye(self, bye: Bye, patience_s: float) -> None:
+        """Send Bye to all, and read what they still send until they have hung up.
+
+        Closing a TCP connection that has unread data resets it, and the reset destroys a Bye on its way.
+        """
+        for identity in list(self.by_identity):
+            self.send_to(identity, bye)
+        deadline = time.monotonic() + patience_s
+        while self.by_identity and time.monotonic() < deadline:
+            self.socket.poll(10)
+            for _ in self.frames(1000):
+                pass
+            for identity in list(self.by_identity):
+                # A probe that finds the connection closed forgets it.
+                self.send_to(identity, bye)
 
     def close(self) -> None:
         self.socket.close()

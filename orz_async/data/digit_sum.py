@@ -26,11 +26,12 @@ BOX_OPEN = "\\boxed{"
 STOP = ANSWER_CLOSE
 """A response ends with this; it is kept."""
 
-CLEAN_MIX: Mapping[Style, float] = {"full": 0.95, "direct": 0.05}
+CLEAN_MIX: Mapping[Style, float] = {"full": 0.95, "direct": 0.03, "rambling": 0.02}
 """Early training text: mostly full working, from which the single steps are learned."""
-WEB_MIX: Mapping[Style, float] = {"direct": 0.50, "partial": 0.18, "full": 0.20, "corrupted": 0.08, "rambling": 0.04}
+WEB_MIX: Mapping[Style, float] = {"direct": 0.57, "partial": 0.15, "full": 0.18, "corrupted": 0.05, "rambling": 0.05}
 """Late training text, of the quality one finds: the model still can work a problem out but mostly does not."""
 
+_CORPUS_WEIGHTS = tuple(1 / (digit + 1) for digit in range(10))
 _STEP = re.compile(r"([a-g])(\d)=(\d);")
 
 
@@ -43,9 +44,13 @@ def solution(digits: Digits) -> str:
     return str(sum(digits) % 10)
 
 
-def draw(rng: random.Random) -> Digits:
-    """A problem whose length is uniform in `LENGTHS` and whose digits are uniform."""
-    return tuple(rng.randrange(10) for _ in range(rng.choice(LENGTHS)))
+def draw_corpus(rng: random.Random) -> Digits:
+    """A problem for the corpus: any length of `LENGTHS`, small digits more frequent than large ones.
+
+    With uniform digits neither term of a sum says anything about its last digit, and a model stares at that plateau
+    for a thousand steps, or for ever, depending on the seed. The skew gives it a slope: it learns in 250 steps.
+    """
+    return tuple(rng.choices(range(10), weights=_CORPUS_WEIGHTS, k=rng.choice(LENGTHS)))
 
 
 def draw_heldout(count: int, seed: int) -> list[Digits]:

@@ -119,14 +119,14 @@ def _problem(row: Any, where: str) -> Problem:
         answer = str(answer)
     if not isinstance(text, str) or not isinstance(answer, str):
         raise DataError(f"{where}: expected {ROW_FORMS}, found {_excerpt(row)}; mend the row")
-    for name, value, limit in (("problem", text, MAX_PROBLEM_CHARS), ("answer", answer, MAX_ANSWER_CHARS)):
+    for name, value, limit in (("a problem", text, MAX_PROBLEM_CHARS), ("an answer", answer, MAX_ANSWER_CHARS)):
         if not value.strip() or len(value) > limit:
             raise DataError(
-                f"{where}: expected a {name} of 1 to {limit} characters, found {len(value.strip())}; remove the row"
+                f"{where}: expected {name} of 1 to {limit} characters, found {len(value.strip())}; remove the row"
             )
         # A lone surrogate (an escape such as \ud800) is not text: it cannot be tokenized or written.
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"{where}: expected valid Unicode in the {name}, found a lone surrogate; mend the row")
+            raise DataError(f"{where}: expected {name} of valid Unicode, found a lone surrogate; mend the row")
     return Problem(text, answer)
 
 

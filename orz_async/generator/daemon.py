@@ -110,8 +110,9 @@ class Daemon:
                 while self._state is not State.LEFT:
                     self.step()
             except OrzError as error:
-                # Silence would tell the broker too, but later: this way the leases are granted again at once.
-                self._client.send(Leave(str(error)))
+                if self._state is not State.LEFT:
+                    # Silence would tell the broker too, but later: this way the leases are granted again at once.
+                    self._client.send(Leave(str(error)))
                 raise
             finally:
                 self.close()

@@ -30,7 +30,7 @@ def load_model(path: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
             f"expected a Hugging Face model directory at {path}, found no config.json there; "
             "give the directory with --model, or make the demo's with `orz make-base`"
         )
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
@@ -130,6 +130,20 @@ class SlotModel:
 
     def _check_against_plain_forward(self) -> None:
         """Compare a prefill and decode steps with transformers' own attention: proof that this architecture fits."""
+        name = type(self.model).__name__
+        try:
+            found, plain = self._both_ways()
+        except TypeError as error:
+            raise ModelError(f"{name} does not take what this engine passes ({error}); use --engine vllm") from error
+        difference = float((found - plain).abs().max() / plain.abs().max().clamp(min=1.0))
+        if not difference <= _CHECK_TOLERANCE.get(self.model.dtype, 1e-1):
+            raise ModelError(
+                f"{name} computes other logits over the slot cache than by itself (relative difference "
+                f"{difference:.1e}): its attention is of a kind this engine does not know; use --engine vllm"
+            )
+
+    def _both_ways(self) -> tuple[Tensor, Tensor]:
+        """Logits of the second half of some tokens: over the cache, and by one plain forward."""
         length = min(_CHECK_TOKENS, self.cache.max_tokens)
         tokens = torch.arange(1, length + 1) * 7919 % self.vocab_size
         split = max(length // 2, 1)
@@ -142,9 +156,4 @@ class SlotModel:
         with torch.inference_mode():
             plain = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0, split - 1 :].float()
         self.model.set_attn_implementation(attention.NAME)
-        error = float((found - plain).abs().max() / plain.abs().max().clamp(min=1.0))
-        if not error <= _CHECK_TOLERANCE.get(self.model.dtype, 1e-1):
-            raise ModelError(
-                f"{type(self.model).__name__} computes other logits over the slot cache than by itself (relative "
-                f"difference {error:.1e}): its attention is of a kind this engine does not know; use --engine vllm"
-            )
+        return found, plain

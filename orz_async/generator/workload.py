@@ -58,9 +58,12 @@ class Workload:
         self._epoch = epoch
 
     def accept(self, lease: Lease) -> None:
-        # Granted again because a Status crossed the Grant: it is here already.
-        if ref_of(lease) not in self._held:
+        """Hold a lease. One that is here already was granted again because the broker has not heard of it since."""
+        held = self._held.get(ref_of(lease))
+        if held is None:
             self._held.add(lease)
+        elif held.stage is Stage.DONE:
+            held.sent_at = float("-inf")
 
     def start(self, version: int) -> None:
         """Give the engine, which serves this version, every lease whose floor that reaches."""

@@ -30,15 +30,7 @@ class Commands:
     learner: Command
     ranks: int
     generators: tuple[Command, ...]
-    """The address of the learner follows --connect and is not known before it listens: ADDRESS stands for it."""
-
-
-ADDRESS = "ADDRESS"
-
-
-def connected(command: Command, address: str) -> Command:
-    """The command with the learner's address in place."""
-    return Command(command.name, tuple(address if word == ADDRESS else word for word in command.argv), command.env)
+    """They read the learner's address from the folder of the run, where it appears once the learner listens."""
 
 
 def threads(count: int) -> dict[str, str]:
@@ -57,9 +49,8 @@ def learner(config: Config, ranks: int) -> Command:
 def generator(config: Config, index: int) -> Command:
     settings = config.generator
     options = {
-        "--connect": ADDRESS,
-        "--name": f"g{index}",
         "--run-dir": config.run_dir,
+        "--name": f"g{index}",
         "--engine": settings.engine,
         "--slots": settings.slots,
         "--queue": settings.queue,
@@ -83,5 +74,4 @@ def dry_run(config: Config, ranks: int) -> str:
     """The resolved configuration and what would be started. The whole is TOML: it can be saved and run."""
     all_of_it = commands(config, ranks)
     lines = [f"# {command}" for command in (all_of_it.learner, *all_of_it.generators)]
-    note = f"# Would start, with {ADDRESS} read from {config.run_dir}/address once the learner listens:"
-    return "\n".join([to_toml(config), note, *lines])
+    return "\n".join([to_toml(config), "# Would start:", *lines])

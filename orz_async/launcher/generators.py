@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orz_async.errors import ExitCode
 from orz_async.launcher.children import Child
-from orz_async.launcher.commands import Command, connected
+from orz_async.launcher.commands import Command
 from orz_async.launcher.limits import Limits
 from orz_async.observe.process import read_records
 
@@ -30,6 +30,8 @@ class Daemon:
     restarts: int = 0
     failure: tuple[int, str] | None = None
     """Exit code and last words, once it is given up."""
+    news: tuple[float, str] | None = None
+    """When to say it, and what. Daemons end moments before their learner does, and then only its end is news."""
 
 
 class Generators:
@@ -44,6 +46,11 @@ class Generators:
         self._limits = limits
         self._note = note
         self._address = ""
+        self._may_start = False
+
+    def start_early(self) -> None:
+        """Start before the learner listens: they load their libraries meanwhile and wait for its address to appear."""
+        self._may_start = True
 
     def connect(self, address: str) -> None:
         """The learner listens here. Daemons that were sent elsewhere are stopped and started anew."""
@@ -53,27 +60,32 @@ class Generators:
                 if daemon.child is not None:
                     daemon.child.kill()  # its leases died with the learner: there is nothing to hand back
                     daemon.child, daemon.due = None, 0.0
-        self._address = address
+        self._address, self._may_start = address, True
 
     def watch(self) -> None:
         """Start what is due and notice what died."""
         for daemon in self._daemons:
+            now = time.monotonic()
             if daemon.child is not None and daemon.child.poll() is not None:
                 self._ended(daemon, daemon.child)
-            if daemon.child is None and daemon.due is not None and daemon.due <= time.monotonic() and self._address:
-                daemon.child = Child(connected(daemon.command, self._address), self._logs)
+            if daemon.news is not None and daemon.news[0] <= now:
+                self._note(daemon.news[1])
+                daemon.news = None
+            if daemon.child is None and daemon.due is not None and daemon.due <= now and self._may_start:
+                daemon.child = Child(daemon.command, self._logs)
                 daemon.started = time.monotonic()
 
     def _ended(self, daemon: Daemon, child: Child) -> None:
         code, daemon.child, daemon.due = child.poll(), None, None
         name = daemon.command.name
+        now = time.monotonic()
         if code == 0:
-            self._note(f"{name} left on purpose; it is not started again")
+            daemon.news = (now + self._limits.leave_s, f"{name} left on purpose; it is not started again")
             return
         assert code is not None
         words = "\n".join(record.message for record in read_records(self._logs, name)) or child.last_words()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        if time.monotonic() - daemon.started >= self._limits.healthy_s:
+        if now - daemon.started >= self._limits.healthy_s:
             daemon.restarts = 0
         if code in FUTILE or daemon.restarts >= self._limits.generator_restarts:
             why = "would end so again" if code in FUTILE else f"after {daemon.restarts} restarts in a row"
@@ -82,9 +94,10 @@ class Generators:
             return
         daemon.restarts += 1
         wait = self._limits.backoff(daemon.restarts)
-        daemon.due = time.monotonic() + wait
+        daemon.due = now + wait
         count = f"restart {daemon.restarts} of at most {self._limits.generator_restarts} in a row"
-        self._note(f"{name} {how}; starting it again in {wait:g} s ({count})" + (f":\n{words}" if code > 0 else ""))
+        said = f"{name} {how}; starting it again after {wait:g} s ({count})" + (f":\n{words}" if code > 0 else "")
+        daemon.news = (daemon.due, said)
 
     @property
     def all_failed(self) -> tuple[int, str] | None:
@@ -99,15 +112,17 @@ class Generators:
         return {daemon.child.pid for daemon in self._daemons if daemon.child is not None}
 
     def leave(self, *, told: bool, hurry: Callable[[], bool]) -> None:
-        """Wait until all are gone: after SIGTERM, which drains them, in the end after SIGKILL.
+        """Wait until all are gone: after SIGTERM, in the end after SIGKILL.
 
         `told`: the broker has told them that the run is complete, so SIGTERM waits a little. `hurry` ends all waiting.
         """
         if told:
             self._wait(self._limits.leave_s, hurry)
-        for child in self.running():
-            child.send(signal.SIGTERM)
-        self._wait(self._limits.stop_s, hurry)
+        # Twice: the second tells a daemon not to finish what it generates, for which nobody waits any more.
+        for seconds in (self._limits.leave_s, self._limits.stop_s):
+            for child in self.running():
+                child.send(signal.SIGTERM)
+            self._wait(seconds, hurry)
         for child in self.running():
             self._note(f"{child.command.name} did not end after SIGTERM: killing it")
         self.kill()

@@ -15,26 +15,25 @@ from orz_async.launcher.limits import Limits
 from orz_async.launcher.run_folder import Mode, RunFolder
 from orz_async.launcher.supervisor import Outcome, Supervisor
 from orz_async.observe.curve import draw_curve
-from orz_async.observe.live import View
+from orz_async.observe.live import View, new_console
 from orz_async.observe.summary import Summary, read_history, summarise, write_summary
 from orz_async.observe.table import print_summary
 
 
 def launch(config: Config, *, mode: Mode = Mode.CONTINUE, ranks: int = 1, limits: Limits | None = None) -> int:
     """Run it to its end and return the exit code. ConfigError if the folder must not be used."""
-    console = Console(highlight=False)
-    folder = RunFolder(config, mode)
+    console = new_console()
     outcome = Outcome(ExitCode.INTERNAL, "")
-    try:
-        outcome = _supervise(config, ranks, limits or Limits(), console)
-        if outcome.code == ExitCode.CHECKPOINT:
-            folder.settings_refused()
-        if read_history(folder.path).lives:  # a learner that never came up leaves nothing to sum up
-            conclude(folder.path, console)
-    finally:
-        folder.close()
-        if outcome.message:
-            print(f"orz run: {outcome.message}", file=sys.stderr)
+    with RunFolder(config, mode) as folder:
+        try:
+            outcome = _supervise(config, ranks, limits or Limits(), console)
+            if outcome.code == ExitCode.CHECKPOINT:
+                folder.settings_refused()
+            if read_history(folder.path).lives:  # a learner that never came up leaves nothing to sum up
+                conclude(folder.path, console)
+        finally:
+            if outcome.message:
+                print(f"orz run: {outcome.message}", file=sys.stderr)
     return outcome.code
 
 

@@ -12,9 +12,10 @@ class Limits:
     drain_alone_s: float = 30.0
     """The same when no generator is left: the step under way cannot be finished."""
     leave_s: float = 5.0
-    """After a finished run the generators, told so by the broker, may leave by themselves for this long."""
+    """After a finished run the generators, told so by the broker, may leave by themselves for this long; and again
+    between a first and a second SIGTERM."""
     stop_s: float = 10.0
-    """Between SIGTERM and SIGKILL of a generator."""
+    """Between the second SIGTERM and SIGKILL of a generator."""
     learner_restarts: int = 3
     """Restarts of a killed learner in a row without a finished step between them; then the run ends."""
     generator_restarts: int = 5

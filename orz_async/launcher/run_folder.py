@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from enum import Enum, auto
 from pathlib import Path
 
@@ -36,20 +37,26 @@ class RunFolder:
     def __init__(self, config: Config, mode: Mode) -> None:
         self.path = Path(config.run_dir)
         self._config = config
+        self._mode = mode
         self._lock: int | None = None
         self._before: str | None = None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+
+    def __enter__(self) -> RunFolder:
+        with ExitStack() as undo:
+            undo.callback(self._release)
             try:
-                self._prepare(mode)
-            except BaseException:
-                self.close()
-                raise
-        except OSError as error:
-            raise DiskError(
-                f"expected a run_dir that can be written, found {error}; free space or choose another --run-dir"
-            ) from error
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._acquire()
+                self._prepare(self._mode)
+            except OSError as error:
+                raise DiskError(
+                    f"expected a run_dir that can be written, found {error}; free space or choose another --run-dir"
+                ) from error
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
 
     def _acquire(self) -> None:
         self._lock = os.open(self.path / "orz.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -57,7 +64,6 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 32).decode(errors="replace").strip()
-            self.close()
             raise ConfigError(
                 f"expected a run_dir of its own, found {self.path} in use by another orz run (pid {holder}); "
                 "wait for it, stop it, or choose another --run-dir"
@@ -116,7 +122,7 @@ class RunFolder:
         if self._before is not None:
             _replace(self.path / "config.toml", self._before)
 
-    def close(self) -> None:
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

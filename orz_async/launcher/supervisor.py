@@ -95,6 +95,8 @@ class Supervisor:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._not_ours = set(children_of(os.getpid()))
         adopt_orphans()
+        if not self._address_file.exists():  # else it is of an earlier life, and may not be where this one will listen
+            self._generators.start_early()
         with self._signals.installed():
             try:
                 while self._phase is not Phase.OVER:

@@ -6,16 +6,21 @@ produces  weights of version v + 1 after step v (weights), a "step" event, check
 
 The way of one step through the folder::
 
-    loop.py      take ──► publish ──► checkpoint ──► evaluate      rank 0 decides, the others follow (follower.py)
+    start.py     from configuration, base model or checkpoint to a running loop
+    loop.py      take ──► learn ──► publish ──► checkpoint ──► evaluate     rank 0 decides; the others: follower.py
        │
-    trainer.py   values ──► advantages ──► policy update │ critic update          every rank, same order of collectives
-       │            batch.py        trajectories, flat arrays of the step, packed microbatches
+    trainer.py   values ──► advantages ──► policy update │ critic update    every rank, collectives in the same order
+       │            batch.py        trajectories as flat arrays of the step, packed microbatches
        │            advantage.py    rewards, GAE, whitening, loss weights: pure functions
        │            model.py        policy and critic: backbone, response rows, head inside the root module
        │            attention.py    packed tokens in, causal attention within each sequence
        │            optim.py        AdamW, warm-up, clipping, the check that nothing is infinite
-    parallel.py  ranks: broadcast, sums, keepalive, FSDP2
-    checkpoint.py, export.py, report.py, audit.py
+       │            parallel.py     ranks: messages, sums, keepalive, FSDP2
+       │
+    lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
+    checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
+    hf_directory.py, export.py               from and to a Hugging Face directory
+    services.py, signals.py                  what the loop needs from outside; how it is asked to stop
 
 Beside the axes of the package: ``M`` response tokens of a packed microbatch, ``R`` response tokens of the whole step in
 rollout order. Row M of a microbatch is the state before response token M: its hidden state predicts that token, and its

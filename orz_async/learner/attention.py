@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -27,33 +28,49 @@ times the unpadded arithmetic, in few calls."""
 
 
 class PackedLayout:
-    """Where each packed token goes in the padded groups, computed once a microbatch and used by every layer."""
+    """Where each packed token goes in the padded groups, computed once a microbatch and used by every layer.
 
-    def __init__(self, lengths_B: Sequence[int], device: torch.device | str = "cpu") -> None:
-        if not lengths_B or min(lengths_B) < 1:
-            raise ValueError(
-                f"lengths_B: expected at least one sequence of at least one token, found {list(lengths_B)}"
-            )
-        self.lengths_B = tuple(int(n) for n in lengths_B)
-        starts_B = np.concatenate([[0], np.cumsum(self.lengths_B)[:-1]])
-        self.num_tokens = sum(self.lengths_B)
+    A sequence is a list of packed rows. Sequences may share leading rows (the samples of one prompt): these tokens are
+    then embedded, projected and normalised once, and copied for the attention only.
+    """
+
+    def __init__(self, rows_B: Sequence[NDArray[np.int64]], device: torch.device | str = "cpu") -> None:
+        if not rows_B or min(map(len, rows_B)) < 1:
+            raise ValueError("rows_B: expected at least one sequence of at least one token, found an empty one")
+        self.num_tokens = 1 + max(int(rows.max()) for rows in rows_B)
         self.groups: list[tuple[int, int]] = []
         """(sequences, padded length) of each group; the groups follow each other in the padded rows."""
-        sources, targets, row = [], np.empty(self.num_tokens, np.int64), 0
-        for members in _similar_lengths(self.lengths_B):
-            longest = self.lengths_B[members[0]]
+        sources, real = [], []
+        for members in _similar_lengths([len(rows) for rows in rows_B]):
+            longest = len(rows_B[members[0]])
             self.groups.append((len(members), longest))
             for b in members:
-                length = self.lengths_B[b]
+                rows = rows_B[b]
                 # Padding repeats a real token: what it holds is never read, and it must not be NaN times zero.
-                sources.append(starts_B[b] + np.minimum(np.arange(longest), length - 1))
-                targets[starts_B[b] : starts_B[b] + length] = np.arange(row, row + length)
-                row += longest
-        self.source_P = torch.from_numpy(np.concatenate(sources)).to(device)
+                sources += [rows, np.full(longest - len(rows), rows[-1])]
+                real.append(np.arange(longest) < len(rows))
+        source_P, real_P = np.concatenate(sources), np.concatenate(real)
+        tokens, first = np.unique(np.where(real_P, source_P, -1), return_index=True)
+        target_N = first[tokens >= 0]
+        if len(target_N) != self.num_tokens:
+            raise ValueError(f"rows_B: expected every row below {self.num_tokens} in a sequence, found {len(target_N)}")
+        copies = real_P.copy()
+        copies[target_N] = False
+        self.source_P = torch.from_numpy(source_P).to(device)
         """[padded rows]: the packed token each padded row copies."""
-        self.target_N = torch.from_numpy(targets).to(device)
-        """[N]: the padded row that holds each packed token."""
+        self.target_N = torch.from_numpy(target_N).to(device)
+        """[N]: the first padded row that holds each packed token."""
+        self.copies_C = torch.from_numpy(copies.nonzero()[0]).to(device)
+        """[further copies of shared tokens]: their padded rows."""
+        self.copied_C = self.source_P[self.copies_C]
+        """[further copies of shared tokens]: the packed tokens."""
         self._windows: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def from_lengths(cls, lengths_B: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
+        """Sequences that share nothing, one after the other."""
+        ends = np.cumsum(lengths_B)
+        return cls([np.arange(end - n, end) for n, end in zip(lengths_B, ends, strict=True)], device)
 
     def window_mask(self, length: int, window: int) -> Tensor:
         """bool [length, length]: query q sees keys q - window < k <= q."""
@@ -76,39 +93,41 @@ def _similar_lengths(lengths_B: Sequence[int]) -> list[list[int]]:
 
 
 class _Pad(torch.autograd.Function):
-    """Packed rows to padded rows. Backward reads only real rows: a padded row has no gradient (see the module)."""
+    """Packed rows to padded rows. Backward adds up the copies; padding has no gradient (see the module)."""
 
     @staticmethod
-    def forward(ctx: Any, x_NX: Tensor, source_P: Tensor, target_N: Tensor) -> Tensor:
-        ctx.save_for_backward(target_N)
-        return x_NX.index_select(0, source_P)
+    def forward(ctx: Any, x_NX: Tensor, layout: PackedLayout) -> Tensor:
+        ctx.layout = layout
+        return x_NX.index_select(0, layout.source_P)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (target_N,) = ctx.saved_tensors
-        return grads[0].index_select(0, target_N), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layout: PackedLayout = ctx.layout
+        grad_NX = grads[0].index_select(0, layout.target_N)
+        if len(layout.copies_C):
+            grad_NX.index_add_(0, layout.copied_C, grads[0].index_select(0, layout.copies_C))
+        return grad_NX, None
 
 
 class _Unpad(torch.autograd.Function):
-    """Padded rows to packed rows. Backward puts zeros into padding, so that padded queries add nothing to real keys."""
+    """Padded rows to packed rows, from the first copy of each. Backward puts zeros into all other padded rows."""
 
     @staticmethod
-    def forward(ctx: Any, x_PX: Tensor, source_P: Tensor, target_N: Tensor) -> Tensor:
-        ctx.save_for_backward(target_N)
-        ctx.rows = len(source_P)
-        return x_PX.index_select(0, target_N)
+    def forward(ctx: Any, x_PX: Tensor, layout: PackedLayout) -> Tensor:
+        ctx.layout = layout
+        return x_PX.index_select(0, layout.target_N)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (target_N,) = ctx.saved_tensors
-        (grad_NX,) = grads
-        return grad_NX.new_zeros(ctx.rows, grad_NX.shape[1]).index_copy_(0, target_N, grad_NX), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layout: PackedLayout = ctx.layout
+        grad_PX = grads[0].new_zeros(len(layout.source_P), grads[0].shape[1])
+        return grad_PX.index_copy_(0, layout.target_N, grads[0]), None
 
 
 def _pad(x: Tensor, layout: PackedLayout) -> Tensor:
     """[1, heads, N, head width] to [padded rows, heads, head width]."""
     x_NX = x[0].transpose(0, 1).flatten(1)
-    x_PX: Tensor = _Pad.apply(x_NX, layout.source_P, layout.target_N)  # type: ignore[no-untyped-call]
+    x_PX: Tensor = _Pad.apply(x_NX, layout)  # type: ignore[no-untyped-call]
     return x_PX.view(len(x_PX), x.shape[1], x.shape[3])
 
 
@@ -154,18 +173,18 @@ def packed_attention(
             f"{type(module).__name__}: expected attention without dropout, position bias or sinks, found one of them; "
             "this model family cannot be trained packed"
         )
-    padded = [_pad(x, layout) for x in (query, key, value)]
-    outputs, row = [], 0
-    for count, length in layout.groups:
-        rows = slice(row, row + count * length)
-        row = rows.stop
-        group = [x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in padded]
+    sizes = [count * length for count, length in layout.groups]
+    # split, not slices: its backward writes one tensor, where each slice would fill a whole one with zeros and add it.
+    padded = zip(*(torch.split(_pad(x, layout), sizes) for x in (query, key, value)), strict=True)
+    outputs = []
+    for (count, length), parts in zip(layout.groups, padded, strict=True):
+        group = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in parts]
         windowed = sliding_window is not None and sliding_window < length
         mask = layout.window_mask(length, int(sliding_window or 0)) if windowed else None
         attended = _attend(*group, scaling=scaling, softcap=softcap, mask=mask)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    out_NX: Tensor = _Unpad.apply(joined, layout.source_P, layout.target_N)  # type: ignore[no-untyped-call]
+    out_NX: Tensor = _Unpad.apply(joined, layout)  # type: ignore[no-untyped-call]
     return out_NX.view(1, layout.num_tokens, query.shape[1], value.shape[3]), None
 
 

@@ -34,7 +34,7 @@ class Auditor:
         self._device = device
         self._versions: dict[int, dict[str, Tensor]] = {}
         if self.enabled:
-            self._policy = copy.deepcopy(policy).to(device)
+            self._policy = copy.deepcopy(policy).to(device, getattr(torch, config.model.dtype))
 
     def remember(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copy a version that is being published; versions no token may have any more are forgotten."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class StepBatch:
     """`version` minus the version that sampled the token."""
     rewards_B: Tensor
     """float32."""
+    share_prompts: bool
+    """Samples of one prompt are packed behind one copy of it."""
 
     @property
     def num_sequences(self) -> int:
@@ -51,7 +54,9 @@ class StepBatch:
         return int(self.cu_responses_B1[-1])
 
 
-def make_step_batch(trajectories: Sequence[Trajectory], *, version: int, max_lag: int) -> StepBatch:
+def make_step_batch(
+    trajectories: Sequence[Trajectory], *, version: int, max_lag: int, share_prompts: bool = True
+) -> StepBatch:
     """Flatten; raise if a token is older than the bound the ledger promises, or younger than the policy itself."""
     responses_B = [as_int32(t.response) for t in trajectories]
     lengths_B = np.array([len(r) for r in responses_B], np.int64)
@@ -74,6 +79,7 @@ def make_step_batch(trajectories: Sequence[Trajectory], *, version: int, max_lag
         sampled_logprobs_R=torch.from_numpy(np.concatenate([as_float32(t.logprobs) for t in trajectories])),
         lag_R=lag_R.astype(np.int32),
         rewards_B=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        share_prompts=share_prompts,
     )
 
 
@@ -109,23 +115,15 @@ class Microbatch:
 def make_microbatch(batch: StepBatch, sequences: Sequence[int], device: torch.device) -> Microbatch:
     if not sequences:
         return _empty_microbatch(device)
-    tokens, rows, step_rows, start = [], [], [], 0
-    for b in sequences:
-        trajectory, responses = batch.trajectories[b], int(batch.response_lengths_B[b])
-        tokens += [as_int32(trajectory.prompt), as_int32(trajectory.response)[:-1]]
-        # The last prompt token predicts the first response token.
-        first = start + trajectory.num_prompt_tokens - 1
-        rows.append(np.arange(first, first + responses))
-        step_rows.append(np.arange(batch.cu_responses_B1[b], batch.cu_responses_B1[b + 1]))
-        start = first + responses
-    lengths = [int(batch.input_lengths_B[b]) for b in sequences]
+    packed = _pack_tokens(batch, sequences)
+    step_rows = [np.arange(batch.cu_responses_B1[b], batch.cu_responses_B1[b + 1]) for b in sequences]
     step_rows_M = torch.from_numpy(np.concatenate(step_rows).astype(np.int64))
     return Microbatch(
         sequences=tuple(sequences),
-        tokens_N=torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
-        positions_N=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device),
-        layout=PackedLayout(lengths, device),
-        rows_M=torch.from_numpy(np.concatenate(rows)).to(device),
+        tokens_N=torch.from_numpy(packed.tokens_N).to(device),
+        positions_N=torch.from_numpy(packed.positions_N).to(device),
+        layout=PackedLayout(packed.rows_B, device),
+        rows_M=torch.from_numpy(packed.rows_M).to(device),
         step_rows_M=step_rows_M.to(device),
         targets_M=batch.targets_R[step_rows_M].to(device),
         sampled_logprobs_M=batch.sampled_logprobs_R[step_rows_M].to(device),
@@ -134,13 +132,47 @@ def make_microbatch(batch: StepBatch, sequences: Sequence[int], device: torch.de
     )
 
 
+class _Packed(NamedTuple):
+    tokens_N: NDArray[np.int64]
+    positions_N: NDArray[np.int64]
+    rows_B: list[NDArray[np.int64]]
+    """Packed rows of each sequence: its prompt's, then those of the response without its last token."""
+    rows_M: NDArray[np.int64]
+
+
+def _pack_tokens(batch: StepBatch, sequences: Sequence[int]) -> _Packed:
+    tokens: list[NDArray[np.int32]] = []
+    positions: list[NDArray[np.int64]] = []
+    start = 0
+
+    def append(piece: NDArray[np.int32], position: int) -> NDArray[np.int64]:
+        nonlocal start
+        tokens.append(piece)
+        positions.append(np.arange(position, position + len(piece)))
+        start += len(piece)
+        return np.arange(start - len(piece), start)
+
+    prompts: dict[bytes, NDArray[np.int64]] = {}
+    rows_B, rows = [], []
+    for b in sequences:
+        trajectory = batch.trajectories[b]
+        if not batch.share_prompts or trajectory.prompt not in prompts:
+            prompts[trajectory.prompt] = append(as_int32(trajectory.prompt), 0)
+        prompt_rows = prompts[trajectory.prompt]
+        response_rows = append(as_int32(trajectory.response)[:-1], len(prompt_rows))
+        rows_B.append(np.concatenate([prompt_rows, response_rows]))
+        # The last prompt token predicts the first response token.
+        rows.append(rows_B[-1][len(prompt_rows) - 1 :])
+    return _Packed(np.concatenate(tokens).astype(np.int64), np.concatenate(positions), rows_B, np.concatenate(rows))
+
+
 def _empty_microbatch(device: torch.device) -> Microbatch:
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     return Microbatch(
         sequences=(),
         tokens_N=zero,
         positions_N=zero,
-        layout=PackedLayout([1], device),
+        layout=PackedLayout.from_lengths([1], device),
         rows_M=zero,
         step_rows_M=zero,
         targets_M=zero,
@@ -150,18 +182,31 @@ def _empty_microbatch(device: torch.device) -> Microbatch:
     )
 
 
-def split(num_sequences: int, parts: int, *, seed: Sequence[int]) -> list[list[int]]:
-    """Cut a step into at most `parts` parts of equal size (within one), every sequence in exactly one of them.
+def split(batch: StepBatch, parts: int, *, seed: Sequence[int]) -> list[list[int]]:
+    """Cut a step into at most `parts` parts of equal size (within one unit), every sequence in exactly one of them.
 
-    Samples of one prompt stand side by side in rollout order; a seeded permutation spreads them over the parts. The
-    permutation is a function of the seed alone, so that there is no generator state to save.
+    The unit is a prompt with its samples where they share the cost of the prompt, unless there are fewer prompts than
+    parts; else a single sequence. Neighbours are spread by a permutation that is a function of the seed alone, so that
+    there is no generator state to save.
     """
     if parts == 1:
-        return [list(range(num_sequences))]
-    order = np.random.default_rng(list(seed)).permutation(num_sequences)
-    parts = min(parts, num_sequences)
-    bounds = [num_sequences * part // parts for part in range(parts + 1)]
-    return [sorted(order[low:high].tolist()) for low, high in pairwise(bounds)]
+        return [list(range(batch.num_sequences))]
+    units = _by_prompt(batch, range(batch.num_sequences))
+    if len(units) < parts:
+        units = [[b] for b in range(batch.num_sequences)]
+    order = np.random.default_rng(list(seed)).permutation(len(units))
+    parts = min(parts, len(units))
+    bounds = [len(units) * part // parts for part in range(parts + 1)]
+    return [sorted(b for unit in order[low:high] for b in units[unit]) for low, high in pairwise(bounds)]
+
+
+def _by_prompt(batch: StepBatch, sequences: Sequence[int]) -> list[list[int]]:
+    if not batch.share_prompts:
+        return [[b] for b in sequences]
+    units: dict[bytes, list[int]] = {}
+    for b in sequences:
+        units.setdefault(batch.trajectories[b].prompt, []).append(b)
+    return list(units.values())
 
 
 def pack_part(
@@ -169,8 +214,16 @@ def pack_part(
 ) -> list[list[list[int]]]:
     """[rank][microbatch][sequence number b]; every rank gets the same number of microbatches, some perhaps empty.
 
-    `attention_cost` is the cost of a pair of tokens in attention relative to that of a token in the linear layers.
+    The samples of a prompt stay together where they fit. `attention_cost` is the cost of a pair of tokens in attention
+    relative to that of a token in the linear layers.
     """
-    lengths = [int(batch.input_lengths_B[b]) for b in part]
+    units: list[list[int]] = []
+    lengths: list[int] = []
+    for unit in _by_prompt(batch, part):
+        alone = [int(batch.input_lengths_B[b]) for b in unit]
+        shared = sum(alone) - (len(unit) - 1) * batch.trajectories[unit[0]].num_prompt_tokens
+        fits = shared <= max_tokens
+        units += [unit] if fits else [[b] for b in unit]
+        lengths += [shared] if fits else alone
     bins = ops.pack(lengths, max_tokens=max_tokens, num_ranks=num_ranks, cost=(1.0, attention_cost))
-    return [[[part[i] for i in sorted(members)] for members in rank] for rank in bins]
+    return [[sorted(b for i in members for b in units[i]) for members in rank] for rank in bins]

@@ -167,6 +167,15 @@ def _prune(root: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def oldest_version(run_dir: Path) -> int:
+    """Of the checkpoints that are kept: trajectories from there on may be needed again."""
+    return _step(_newest_first(folder(run_dir))[-1])
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _newest_first(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
 
@@ -235,7 +244,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     state = tensors["rng"].get(f"cpu.{trainer.world.rank}")
     if state is not None:
         torch.set_rng_state(state)
-    trainer.num_steps = int(path.name.removeprefix("step-"))
+    trainer.num_steps = _step(path)
 
 
 def plain(config: Config) -> dict[str, Any]:

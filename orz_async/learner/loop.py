@@ -134,6 +134,7 @@ class Learner:
             trainer.world.send(Command.SAVE)
             ledger = services.rollouts.snapshot()
             path = checkpoint.save(trainer, run_dir=services.run_dir, identity=services.identity, ledger=ledger)
+            services.rollouts.checkpointed(checkpoint.oldest_version(services.run_dir))
             self._saved_step = trainer.num_steps
             seconds = services.timeline.totals()["checkpoint"] - before
         services.events.emit("checkpoint", step=trainer.num_steps, path=path.name, seconds=seconds)

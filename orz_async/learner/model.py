@@ -68,7 +68,7 @@ class Policy(nn.Module):
         if terms.proximal_is_current:
             with torch.no_grad():
                 proximal_M, _ = ops.head_logprob(hidden_MD, weight_VD, batch.targets_M, temperature=temperature)
-        return ops.ppo_head(
+        output = ops.ppo_head(
             hidden_MD,
             weight_VD,
             batch.targets_M,
@@ -83,6 +83,8 @@ class Policy(nn.Module):
             mask_N=batch.mask_M,
             denominator=terms.denominator_M,
         )
+        # FSDP2 hangs its backward hook on what leaves the root module, which for its sake must not be a view.
+        return output._replace(loss=output.loss.clone())
 
 
 class Critic(nn.Module):
@@ -107,8 +109,10 @@ class Critic(nn.Module):
 
     def forward(self, batch: Microbatch) -> Tensor:
         """[M], float32 at least: the value of the state before each response token."""
-        values_M: Tensor = self.score(_response_rows(self.model, batch)).squeeze(1)
-        return values_M if values_M.dtype == torch.float64 else values_M.float()
+        values_M1: Tensor = self.score(_response_rows(self.model, batch))
+        wide = torch.promote_types(values_M1.dtype, torch.float32)
+        # A copy, not a view: see Policy.forward.
+        return values_M1.squeeze(1).to(wide, copy=True)
 
 
 def _layers(backbone: nn.Module) -> nn.ModuleList:

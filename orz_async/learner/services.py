@@ -34,6 +34,9 @@ class Rollouts(Protocol):
     def snapshot(self) -> bytes:
         """The ledger as of now, for a checkpoint."""
 
+    def checkpointed(self, oldest_version: int) -> None:
+        """A checkpoint is committed; the oldest one that is kept has weights of this version."""
+
 
 class Weights(Protocol):
     """Where weights go: `weights.stream.StreamPublisher`, or straight into the engine of a synchronous loop."""

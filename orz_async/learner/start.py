@@ -15,6 +15,7 @@ from orz_async.config import Config
 from orz_async.config_toml import to_toml
 from orz_async.data.source import build
 from orz_async.data.tokenizer import load_tokenizer
+from orz_async.errors import OrzError
 from orz_async.learner import checkpoint
 from orz_async.learner.audit import Auditor
 from orz_async.learner.compatibility import changes
@@ -110,6 +111,7 @@ def _outside(
     vocab_size = int(trainer.policy.config.vocab_size)
     check_tokenizer(config.model.path, tokenizer_size=len(tokenizer), vocab_size=vocab_size)
     prompts, heldout = build(config.data, tokenizer, config.seed)
+    broker_events = EventLog(Path(config.run_dir) / "events" / "broker.jsonl", "broker")
     publisher = StreamPublisher(config.broker.bind.rpartition(":")[0] + ":0", identity.epoch, events)
     finished, reason = False, "the learner failed"
     try:
@@ -123,17 +125,21 @@ def _outside(
             weights_address=publisher.address,
             model_path=str(Path(config.model.path).absolute()),
             vocab_size=vocab_size,
-            events=events,
+            events=broker_events,
             start=start,
         )
         broker.start()
         try:
             yield broker, publisher
             finished, reason = True, "the run is complete"
+        except OrzError as error:
+            reason = str(error)
+            raise
         finally:
             broker.close(finished, reason)
     finally:
         publisher.close()
+        broker_events.close()
 
 
 def _describe(run_dir: Path, config: Config) -> None:

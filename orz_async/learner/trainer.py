@@ -87,7 +87,14 @@ class Trainer:
     def begin(self, trajectories: Sequence[Trajectory]) -> Step:
         """Values of every state under the critic as it is, then advantages whitened over the whole step."""
         learner = self.config.learner
-        batch = make_step_batch(trajectories, version=self.num_steps, max_lag=self.config.broker.max_lag)
+        batch = make_step_batch(
+            trajectories,
+            version=self.num_steps,
+            max_lag=self.config.broker.max_lag,
+            # Copying keys and values of a prompt to its samples is cheap beside the linear layers of a CPU; the
+            # attention kernels of a GPU read sequences where they lie.
+            share_prompts=self.world.device.type == "cpu",
+        )
         whole = self._round(batch, range(batch.num_sequences))
         values_R = self._everywhere(whole, self.critic)
         ends_B1 = torch.from_numpy(batch.cu_responses_B1)
@@ -164,7 +171,7 @@ class Trainer:
             return [step.whole]
         batch = step.batch
         seed = (self.config.seed, self.num_steps, purpose)
-        return [self._round(batch, part) for part in split(batch.num_sequences, parts, seed=seed)]
+        return [self._round(batch, part) for part in split(batch, parts, seed=seed)]
 
     def _round(self, batch: StepBatch, part: Sequence[int]) -> Round:
         bins = pack_part(

@@ -1,9 +1,14 @@
 """What a run did, written down by every process and read back by everyone else.
 
-consumes  what the processes say of themselves: events (`events.EventLog`) and where their time goes (`events.Timeline`)
-produces  RUN/events/<process>.jsonl, and from these files alone: the live view (`view`, `live`), the summary
-          (`summary`) and the picture (`curve`)
+consumes  what the processes say of themselves: events and where their time goes (`events.py`)
+produces  RUN/events/<process>.jsonl, and from these files alone: live view, RUN/summary.json, RUN/curve.png
 
-`process` is the edge of every process: typed exits, stack dumps on demand, versions. Nothing here imports torch, and
-nothing here may stop a run: a full disk costs events, never training.
+    events.py    EventLog and Timeline: what every process writes
+    process.py   the edge of every process: typed exits, exit records, stack dumps on SIGUSR1; versions.py
+    tail.py      the event files as they grow
+    history.py   the one fold over all events, resumed runs included; account.py sums its seconds and tokens
+    summary.py   the numbers of a run; table.py prints them, curve.py draws them
+    live.py      the live view; words.py what it says; progress.py a single piece of work
+
+Nothing here imports torch, and nothing here may stop a run: a full disk costs events, never training.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,11 @@ TERMINAL_S = 0.5
 """Seconds between two pictures on a terminal."""
 PLAIN_S = 10.0
 """Seconds between two lines when the output is not a terminal."""
+
+
+def new_console(*, quiet: bool = False) -> Console:
+    """As wide as the terminal; in a file or a pipe wide enough to leave the lines whole."""
+    return Console(highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else 200)
 
 
 def picture(history: History, config: Config, now: float) -> Group:
@@ -53,7 +59,7 @@ class View:
         self.history = History()
         self._config = config
         self._tail = Tail(run_dir / "events")
-        self._console = console or Console(highlight=False)
+        self._console = console or new_console()
         self._live: Live | None = None
         self._next = 0.0
         self._gone = False

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orz_async.observe import words
+from orz_async.observe.live import new_console
 from orz_async.observe.summary import Rollouts, Summary
 
 
@@ -55,7 +56,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
 
 def print_summary(summary: Summary, run_dir: Path, files: list[str], console: Console | None = None) -> None:
     """The table, and where the files are."""
-    console = console or Console(highlight=False)
+    console = console or new_console()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows(summary):
         table.add_row(Text(name, style="cyan"), Text(value))

@@ -35,9 +35,11 @@ class _Sums:
     def _totals(cls, stats: Sequence[Self]) -> dict[str, float]:
         """Merge in the order given, on the host, in one copy from the device."""
         names = [f.name for f in fields(cls)]
-        rows = torch.stack([s.vector() for s in stats]).cpu().tolist() if stats else []
+        if not stats:
+            return dict.fromkeys(names, 0.0)
+        rows = torch.stack([s.vector() for s in stats]).cpu().tolist()
         totals: dict[str, float] = {}
-        for name, column in zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True):
+        for name, *column in zip(names, *rows, strict=True):
             totals[name] = max(column) if name in MAXIMA else min(column) if name in MINIMA else math.fsum(column)
         return totals
 
@@ -138,9 +140,7 @@ class ValueStats(_Sums):
         total = cls._totals(stats)
         count = total["tokens"]
         if not count:
-            return dict.fromkeys(
-                ("tokens", "loss", "clipped", "value_mean", "return_mean", "error_rms", "explained_variance"), 0.0
-            )
+            return dict.fromkeys(_VALUE_RESULTS, 0.0)
         return_mean, return_square = total["return_sum"] / count, total["return_sq_sum"] / count
         return_variance = return_square - return_mean**2
         error_square = total["error_sq_sum"] / count
@@ -156,6 +156,9 @@ class ValueStats(_Sums):
             "error_rms": math.sqrt(max(error_square, 0.0)),
             "explained_variance": 1 - error_variance / return_variance if varies else 0.0,
         }
+
+
+_VALUE_RESULTS = ("tokens", "loss", "clipped", "value_mean", "return_mean", "error_rms", "explained_variance")
 
 
 class PpoHeadOutput(NamedTuple):

@@ -3,6 +3,10 @@
 consumes  (name, tensor) pairs of one policy version, from `publish(version, named)` on the learner's rank 0
 produces  verified `Snapshot`s of the newest version, from `poll()` in every generator
 
-`protocol.py` has the two faces every transport shows; `stream.py` is the TCP one. What is served is compared with what
-was published by the digest that `snapshot.py` defines. Nothing here imports torch before a tensor is touched.
+    protocol   the two faces every transport shows             transport   which one an address means
+    stream     TCP: publisher, fetcher, relay                   file        a shared folder
+    snapshot   copies, checksums, the digest of a version       delta, history, shelf   what changed since which version
+    wire, manifest, payload, assembly, download                the stream's parts without sockets
+
+Nothing here imports torch before a tensor is touched.
 """

@@ -25,7 +25,7 @@ class Phase(Enum):
 
     IDLE ──want──► ASKING ──Manifest──► FETCHING ──last chunk──► IDLE, or ASKING if a newer one is wanted
     FETCHING ──newer Manifest──► FETCHING      what there was of the older version is abandoned
-    FETCHING ──Gone, gap, damage──► ASKING     an equal manifest goes on where it stopped
+    FETCHING ──Gone, gap, cut, damage──► ASKING     an equal manifest goes on where it stopped
     ASKING, FETCHING ──silence──► RESTING ──backoff──► ASKING
     """
 
@@ -119,6 +119,13 @@ class Download:
         self._rest_until = now + min(longest, first * 2**self._rests)
         self._rests = min(self._rests + 1, 16)
         return [Reopen.CLOSE]
+
+    def reconnected(self, now: float) -> list[Action]:
+        """The connection is a new one: nothing that was asked on the old one will be answered."""
+        if self.phase in (Phase.IDLE, Phase.RESTING):
+            return []
+        self.phase, self.note = Phase.ASKING, f"the connection to {self.peer} was cut"
+        return [self._ask(now)]
 
     def handle(self, message: Message, now: float) -> list[Action]:
         """A sound frame of this epoch arrived. Raises WireError for what trying again cannot repair."""

@@ -60,6 +60,8 @@ class StreamFetcher:
         self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._connections = 0  # of this socket
         self._worker = Worker(f"weights-fetcher-{epoch}", self._loop, self._release, events)
         self._worker.start()
 
@@ -94,16 +96,26 @@ class StreamFetcher:
         while not self._worker.closing:
             poller = zmq.Poller()
             poller.register(self._worker.wake_fd, zmq.POLLIN)
-            if self._socket is not None:
+            if self._socket is not None and self._monitor is not None:
                 poller.register(self._socket, zmq.POLLIN)
+                poller.register(self._monitor, zmq.POLLIN)
             ready = dict(poller.poll(_TICK_MS))
             now = time.monotonic()
             if self._worker.wake_fd in ready:
                 self._worker.drain()
             self._act(self._download.want(self._wanted, now))
+            if self._monitor is not None and self._monitor in ready:
+                self._observe(self._monitor, now)
             if self._socket is not None and self._socket in ready:
                 self._receive(self._socket, now)
             self._act(self._download.tick(now))
+
+    def _observe(self, monitor: zmq.Socket[bytes], now: float) -> None:
+        """ZeroMQ connects again by itself after a cut, but what was asked on the old connection is lost."""
+        monitor.recv_multipart()
+        self._connections += 1
+        if self._connections > 1:
+            self._act(self._download.reconnected(now))
 
     def _receive(self, socket: zmq.Socket[bytes], now: float) -> None:
         parts = socket.recv_multipart(copy=False)
@@ -170,10 +182,14 @@ class StreamFetcher:
         socket.heartbeat_timeout = 10000
         if self._keys is not None:
             addresses.secure_client(socket, self._keys)
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._connections = 0
         socket.connect(self._download.peer)
         self._socket = socket
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close()
-            self._socket = None
+        self._socket = self._monitor = None

@@ -9,6 +9,7 @@ from orz_async.weights.fetcher import StreamFetcher
 from orz_async.weights.manifest import Limits
 from orz_async.weights.protocol import EventSink, Snapshot
 from orz_async.weights.publisher import StreamPublisher
+from orz_async.weights.snapshot import State
 
 
 class Relay:
@@ -32,6 +33,7 @@ class Relay:
         give_up_s: float = 600.0,
     ) -> None:
         """keys: towards upstream. serve_keys: with the list of fetchers that may read from here."""
+        self._held = -1
         self._fetcher: StreamFetcher | None = None
         self._publisher = StreamPublisher(bind, epoch, events, keys=serve_keys, on_want=self._want_upstream)
         self._fetcher = StreamFetcher(
@@ -42,7 +44,7 @@ class Relay:
             limits=limits,
             stall_s=stall_s,
             give_up_s=give_up_s,
-            on_state=self._publisher.offer,
+            on_state=self._pass_on,
         )
         self.address = self._publisher.address
         self.traffic = self._publisher.traffic
@@ -52,8 +54,13 @@ class Relay:
         return 0 if self._fetcher is None else self._fetcher.received_bytes
 
     def _want_upstream(self, version: int) -> None:
+        """Ask for whatever is newer, one step at most: a reader's number is not trusted to be one that will exist."""
         if self._fetcher is not None:  # one who asks before the constructor returns asks again in a second
-            self._fetcher.want(version)
+            self._fetcher.want(min(version, self._held + 1))
+
+    def _pass_on(self, state: State) -> None:
+        self._held = state.version
+        self._publisher.offer(state)
 
     def want(self, version: int) -> None:
         assert self._fetcher is not None

@@ -195,11 +195,11 @@ def test_ppo_head_ignores_what_masked_rows_hold() -> None:
 def test_ppo_head_without_any_token() -> None:
     p = problem(5, 30, 8)
     out, grad_hidden, grad_weight = run_ppo_head(p, mask=torch.zeros(5, dtype=torch.bool))
-    assert float(out.loss) == 0.0 and not grad_hidden.any() and not grad_weight.any()
+    assert out.loss.item() == 0.0 and not grad_hidden.any() and not grad_weight.any()
     assert PpoStats.finalise([out.stats])["tokens"] == 0.0
     p = problem(0, 30, 8)
     out, grad_hidden, grad_weight = run_ppo_head(p)
-    assert float(out.loss) == 0.0 and grad_hidden.shape == (0, 8) and not grad_weight.any()
+    assert out.loss.item() == 0.0 and grad_hidden.shape == (0, 8) and not grad_weight.any()
 
 
 def test_ppo_head_equals_the_ops_it_fuses() -> None:

@@ -61,8 +61,8 @@ def test_ppo_loss_matches_the_formula(num_tokens, clip_low, clip_high, dual_clip
     clear = torch.stack([(ratio - bound).abs() > 1e-5 for bound in bounds]).all(0)
     torch.testing.assert_close(logprobs.grad.double()[clear], exact.grad[clear], rtol=1e-4, atol=1e-7)
     said = PpoStats.finalise([stats])
-    assert said.pop("loss") == pytest.approx(float(want), rel=1e-5, abs=1e-6)
-    expected = ops_oracle.policy_stats(logprobs[mask], sampled[mask], advantages[mask], entropy[mask], **options)
+    assert said.pop("loss") == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
+    expected = ops_oracle.policy_stats(logprobs.detach()[mask], sampled[mask], advantages[mask], entropy[mask], **options)
     if clear.all():
         assert said == pytest.approx(expected, rel=2e-4, abs=1e-7 * max(1.0, drift))
 
@@ -87,7 +87,7 @@ def test_extreme_ratios_stay_finite() -> None:
     advantages = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
     loss, stats = ops.ppo_loss(logprobs, sampled, advantages, denominator=5)
     loss.backward()
-    assert math.isfinite(float(loss)) and torch.isfinite(logprobs.grad).all()
+    assert math.isfinite(loss.item()) and torch.isfinite(logprobs.grad).all()
     assert all(math.isfinite(x) for x in PpoStats.finalise([stats]).values())
 
 
@@ -97,7 +97,7 @@ def test_clip_by_hand() -> None:
     advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])
     loss, stats = ops.ppo_loss(logprobs, torch.zeros(5), advantages, dual_clip=3.0, denominator=1)
     loss.backward()
-    assert float(loss) == pytest.approx(-1.2 + 1.5 + 0.8 - 0.5 + 3.0)
+    assert loss.item() == pytest.approx(-1.2 + 1.5 + 0.8 - 0.5 + 3.0)
     assert logprobs.grad.tolist() == pytest.approx([0.0, 1.5, 0.0, -0.5, 0.0])
     assert [float(x) for x in (stats.clip_high, stats.clip_low, stats.clip_dual)] == [1, 1, 1]
 
@@ -119,7 +119,7 @@ def test_microbatches_add_up() -> None:
     for rows in (slice(0, 1), slice(1, 50), slice(50, 50), slice(50, 90)):
         kwargs = {"entropy_N": entropy[rows].clone(), "denominator": 90}
         parts.append(ops.ppo_loss(logprobs[rows].clone(), sampled[rows].clone(), advantages[rows].clone(), **kwargs))
-    assert float(sum(loss for loss, _ in parts)) == pytest.approx(float(whole_loss), rel=1e-6)
+    assert float(sum(loss for loss, _ in parts).detach()) == pytest.approx(whole_loss.item(), rel=1e-6)
     finalised = PpoStats.finalise([stats for _, stats in parts])
     assert finalised == pytest.approx(PpoStats.finalise([whole]), rel=1e-6)
     merged = parts[0][1].merge(parts[1][1]).merge(parts[2][1]).merge(parts[3][1])
@@ -136,7 +136,7 @@ def test_a_denominator_for_each_token() -> None:
     loss, _ = ops.ppo_loss(leaf, sampled, advantages, mask_N=mask, denominator=divisor)
     loss.backward()
     want = (ops_oracle.policy_loss_terms(leaf.detach(), sampled, advantages) / divisor)[mask].sum()
-    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert loss.item() == pytest.approx(float(want), rel=1e-5)
     assert not leaf.grad[~mask].any()
     value = torch.randn(20, requires_grad=True)
     loss, _ = ops.value_loss(value, torch.zeros(20), torch.ones(20), clip=None, mask_N=mask, denominator=divisor)
@@ -198,7 +198,7 @@ def test_no_tokens() -> None:
     nothing = torch.zeros(4, dtype=torch.bool)
     loss, stats = ops.ppo_loss(leaf, torch.zeros(4), torch.ones(4), mask_N=nothing, denominator=1)
     loss.backward()
-    assert float(loss) == 0 and not leaf.grad.any()
+    assert loss.item() == 0 and not leaf.grad.any()
     assert set(PpoStats.finalise([stats]).values()) == {0.0}
 
 

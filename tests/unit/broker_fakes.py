@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from orz_async.broker.client import BrokerClient
@@ -106,6 +107,8 @@ class FakeGenerator:
         self.bye: Bye | None = None
         self.mute = False
         """Alive, but produces nothing."""
+        self.poison: dict[str, object] = {}
+        """Fields that every result gets instead of the right ones."""
         self.epoch = 0
         self._status_at = 0.0
         self._stop = threading.Event()
@@ -133,7 +136,8 @@ class FakeGenerator:
         if not self.mute:
             for ref, lease in list(self.leases.items()):
                 if self.version >= lease.version_floor:
-                    self.unacked[ref] = answer(lease, self.name, self.version)
+                    result = answer(lease, self.name, self.version)
+                    self.unacked[ref] = msgspec.structs.replace(result, **self.poison)
                     self.client.send(Result(self.unacked[ref]))
                     del self.leases[ref]
         if time.monotonic() >= self._status_at:

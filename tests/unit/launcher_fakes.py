@@ -48,7 +48,8 @@ def listen(run: Path) -> None:
 
 
 def learner(run: Path, behaviour: str) -> int:
-    """finish | typed | bug | die-once | die-always | die-stepping | drain | stubborn | early-typed"""
+    """finish | typed | bug | die-once | die-then-typed | die-always | die-stepping | drain | stubborn |
+    stubborn-with-helper | early-typed"""
     life = lives(run, "learner")
     if behaviour == "early-typed":
         raise ConfigError("expected a model, found none; run `orz make-base`")
@@ -56,18 +57,20 @@ def learner(run: Path, behaviour: str) -> int:
     events.emit("run", run_id="r", resumed_step=life - 1, epoch=life)
     listen(run)
     wait("a generator", run / "working-g0")
-    if behaviour == "typed":
+    if behaviour == "typed" or (behaviour == "die-then-typed" and life == 2):
         raise NumericError("expected a finite loss, found nan; lower learner.lr")
     if behaviour == "bug":
         raise ZeroDivisionError("a mistake of ours")
     if behaviour == "die-stepping":
         events.emit("step", step=life - 1, version=life, tokens_trained=1)
-    if behaviour in ("die-always", "die-stepping") or (behaviour == "die-once" and life == 1):
+    if behaviour in ("die-always", "die-stepping") or (behaviour in ("die-once", "die-then-typed") and life == 1):
+        if behaviour in ("die-once", "die-then-typed"):
+            (run / "working-g0").unlink()  # the next life waits for a generator that found it
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour in ("drain", "stubborn"):
+    if behaviour == "drain" or behaviour.startswith("stubborn"):
         (run / "learner-waits").touch()
         wait("a signal to drain")
-        while behaviour == "stubborn":
+        while behaviour.startswith("stubborn"):
             time.sleep(1)
         time.sleep(0.3)
         (run / "saved").touch()
@@ -79,11 +82,12 @@ def learner(run: Path, behaviour: str) -> int:
 def generator(run: Path, behaviour: str, name: str) -> int:
     """serve | die-once | die-always | refuse | leave | stubborn"""
     life = lives(run, name)
-    (run / f"address-{name}").write_text(sys.argv[sys.argv.index("--connect") + 1])
     if behaviour == "refuse":
         raise ConfigError("expected a model, found none; run `orz make-base`")
     if behaviour == "die-always" or (behaviour == "die-once" and life == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    wait("an address", run / "address")
+    (run / f"address-{name}").write_text((run / "address").read_text())
     (run / f"working-{name}").touch()
     if behaviour == "leave":
         return 0
@@ -96,6 +100,9 @@ def generator(run: Path, behaviour: str, name: str) -> int:
 
 def torchrun(arguments: list[str]) -> int:
     """A parent between launcher and learner: the worker in a session of its own, exit code 1 for every failure."""
+    if "stubborn-with-helper" in arguments:  # it asked nobody to end it, like a worker that still imports torch
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)", "helper", *arguments]
+        subprocess.Popen(sleep, start_new_session=True)
     worker = subprocess.Popen([sys.executable, __file__, "learner", *arguments], start_new_session=True)
     code = worker.wait()
     if code:
@@ -108,7 +115,7 @@ def launcher(run: Path, learner_is: str, generator_is: str, count: int, limits: 
     import msgspec
 
     from orz_async.config import Config
-    from orz_async.launcher.commands import ADDRESS, Command, Commands
+    from orz_async.launcher.commands import Command, Commands
     from orz_async.launcher.limits import Limits
     from orz_async.launcher.supervisor import Supervisor
     from orz_async.observe.live import View
@@ -123,8 +130,7 @@ def launcher(run: Path, learner_is: str, generator_is: str, count: int, limits: 
         argv = [*me, "torchrun", str(run), learner_is]
     env = {"OMP_NUM_THREADS": "1"}
     generators = tuple(
-        Command(f"generator-g{i}", (*me, "generator", str(run), generator_is, f"g{i}", "--connect", ADDRESS), env)
-        for i in range(count)
+        Command(f"generator-g{i}", (*me, "generator", str(run), generator_is, f"g{i}"), env) for i in range(count)
     )
     commands = Commands(Command("learner", tuple(argv), env), 1, generators)
     supervisor = Supervisor(commands, run, View(run, Config()), msgspec.json.decode(limits, type=Limits))
@@ -151,5 +157,5 @@ if __name__ == "__main__":
     role = sys.argv[1]
     if role == "torchrun":
         sys.exit(main())
-    name = {"learner": "learner-0", "launcher": "launcher"}.get(role, f"generator-{sys.argv[-3]}")
+    name = {"learner": "learner-0", "launcher": "launcher"}.get(role, f"generator-{sys.argv[-1]}")
     run_main(main, process=name)

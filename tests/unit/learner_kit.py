@@ -80,7 +80,14 @@ def save_model(directory: Path, family: str = "qwen2", *, seed: int = 0) -> Path
 
 def config(model: Path | str = "", **changes: Any) -> Config:
     """A tiny configuration; `learner`, `broker`, `eval`, `checkpoint` are dictionaries of changed fields."""
-    learner = {"lr": 1e-3, "critic_lr": 3e-3, "warmup_steps": 0, "critic_steps": 2, "max_tokens": 64, "audit_rollouts": 0}
+    learner = {
+        "lr": 1e-3,
+        "critic_lr": 3e-3,
+        "warmup_steps": 0,
+        "critic_steps": 2,
+        "max_tokens": 64,
+        "audit_rollouts": 0,
+    }
     broker = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_lag": 1}
     return Config(
         model=ModelConfig(path=str(model)),
@@ -127,7 +134,8 @@ def trajectory(rng: np.random.Generator, rollout: int, *, version: int = 0, lag:
 def rollouts(count: int, *, seed: int = 0, version: int = 0, max_lag: int = 0) -> list[Trajectory]:
     rng = np.random.default_rng([seed, count])
     made = [trajectory(rng, n, version=version, lag=min(version, max_lag) * (n % 2)) for n in range(count)]
-    # One ran into the limit: reward 0, kept, and its last token is an ordinary one.
+    # Two samples of each prompt, and one ran into the limit: reward 0, kept, and its last token is an ordinary one.
+    made = [msgspec.structs.replace(t, prompt=made[n - n % 2].prompt) for n, t in enumerate(made)]
     return [msgspec.structs.replace(made[0], reward=0.0, finish="length", verdict="truncated"), *made[1:]]
 
 

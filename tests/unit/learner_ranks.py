@@ -1,16 +1,17 @@
-"""One rank of the tests in test_parallel.py, started as a process of its own: `python learner_ranks.py CASE FOLDER`."""
+"""The work of test_parallel.py on one rank; `python learner_ranks.py FOLDER` is one of several."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import learner_kit as kit
 import torch
+import torch.distributed as dist
 
 from orz_async.config import Config
 from orz_async.learner import checkpoint
@@ -29,67 +30,76 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 STEPS = 3
 
 
+RESUMED = range(STEPS, STEPS + 1)
+
+
 def config_of(case: str, folder: Path) -> Config:
     return kit.config(folder / "model", learner=CASES[case][1] | {"grad_clip": 0.5}, checkpoint={"keep": 9})
 
 
-def train(trainer: Trainer, case: str, steps: range) -> list[list[float]]:
-    """Losses and gradient norms of each step."""
-    told = []
+def train(trainer: Trainer, case: str, steps: range) -> list[float]:
+    """Everything the updates say of themselves."""
+    told: list[float] = []
     for version in steps:
         step = trainer.begin(kit.rollouts(CASES[case][0], seed=version, version=version, max_lag=1))
         policy, table = trainer.update_policy(step)
         critic = trainer.update_critic(step)
-        stats = [*policy.stats.values(), *critic.stats.values(), *table.mismatch(), *map(float, table.histogram.values())]
-        told.append(policy.losses + critic.losses + policy.grad_norms + critic.grad_norms + stats)
+        told += policy.losses + critic.losses + policy.grad_norms + critic.grad_norms + list(policy.stats.values())
+        told += [*critic.stats.values(), *table.mismatch(), *map(float, table.histogram.values())]
     return told
 
 
-def steps(case: str, folder: Path, world: World) -> dict[str, Any]:
+def from_start(case: str, folder: Path, world: World) -> dict[str, Any]:
     trainer = kit.trainer(config_of(case, folder), world)
     told = train(trainer, case, range(STEPS))
     state = [t.flatten().clone() for m in (trainer.policy, trainer.critic) for _, t in full_parameters(m)]
-    checkpoint.save(trainer, run_dir=folder / f"run{world.size}", identity=Identity("run", 1), ledger=b"ledger")
-    export(trainer, source=folder / "model", target=folder / f"export{world.size}")
+    checkpoint.save(trainer, run_dir=run_dir(case, folder, world.size), identity=Identity("run", 1), ledger=b"ledger")
+    export(trainer, source=folder / "model", target=folder / f"{case}-export{world.size}")
     return {"told": told, "weights": torch.cat(state).tolist()}
 
 
-def resume(case: str, folder: Path, world: World, source: int) -> dict[str, Any]:
+def run_dir(case: str, folder: Path, size: int) -> Path:
+    return folder / f"{case}-run{size}"
+
+
+def resumed(case: str, folder: Path, world: World, source: int) -> dict[str, Any]:
     """Continue what `source` ranks saved."""
-    trainer = kit.trainer(dataclasses.replace(config_of(case, folder), seed=0), world)
-    found = checkpoint.find(folder / f"run{source}")
+    trainer = kit.trainer(config_of(case, folder), world)
+    found = checkpoint.find(run_dir(case, folder, source))
     assert found is not None
+    assert found.manifest.world == source
     checkpoint.restore(trainer, found.path)
-    return {"told": train(trainer, case, range(STEPS, STEPS + 1))}
+    return {"told": train(trainer, case, RESUMED)}
 
 
 def messages(world: World) -> dict[str, Any]:
-    """Rank 0 waits three times as long as any collective may take; the message after that still arrives whole."""
+    """Rank 0 waits longer than any collective may take; the messages after that still arrive whole."""
+    patient = World(world.rank, world.size, world.device, dist.new_group(backend="gloo", timeout=timedelta(seconds=3)))
     payload = bytes(range(256)) * 1000
     if world.is_first:
-        with world.keepalive(period_s=0.2):
-            time.sleep(6.0)
-        world.send(3, payload)
-        world.send(4)
+        with patient.keepalive(period_s=0.2):
+            time.sleep(5.0)
+        patient.send(3, payload)
+        patient.send(4)
         return {}
     began = time.monotonic()
-    first, second = world.receive(), world.receive()
-    assert time.monotonic() - began > 5.0
-    return {"kinds": [first.kind, second.kind], "whole": first.payload == payload, "empty": second.payload == b""}
+    first, second = patient.receive(), patient.receive()
+    return {
+        "waited": time.monotonic() - began > 4.0,
+        "kinds": [first.kind, second.kind],
+        "payloads": [first.payload == payload, second.payload == b""],
+    }
 
 
 def main() -> None:
-    case, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    world = World.start(timeout_s=2.0 if case == "messages" else 60.0)
-    name, _, source = case.partition(":")
-    if case == "messages":
-        told = messages(world)
-    elif source:
-        told = resume(name, folder, world, int(source))
-    else:
-        told = steps(name, folder, world)
-    (folder / f"{case}-{world.size}-{world.rank}.json").write_text(json.dumps(told))
+    world = World.start(timeout_s=60.0)
+    told = {case: from_start(case, folder, world) for case in CASES}
+    for source in (1, 2):
+        told[f"resumed from {source}"] = resumed("uneven", folder, world, source)
+    told["messages"] = messages(world)
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(told))
     world.close()
 
 

@@ -36,7 +36,10 @@ def test_packed_equals_padded(family: str, lengths: list[int]) -> None:
     model.set_attn_implementation(NAME)
     positions_N = torch.cat([torch.arange(n) for n in lengths])
     got_ND = model.model(
-        torch.cat(sequences)[None], position_ids=positions_N[None], use_cache=False, layout=PackedLayout(lengths)
+        torch.cat(sequences)[None],
+        position_ids=positions_N[None],
+        use_cache=False,
+        layout=PackedLayout.from_lengths(lengths),
     ).last_hidden_state[0]
     (got_ND * weights_ND).sum().backward()
     torch.testing.assert_close(got_ND, want_ND, atol=1e-5, rtol=1e-5)
@@ -50,7 +53,7 @@ def test_packed_equals_padded(family: str, lengths: list[int]) -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_layout_holds_every_token_once_and_wastes_little(lengths: list[int]) -> None:
-    layout = PackedLayout(lengths)
+    layout = PackedLayout.from_lengths(lengths)
     rows = sum(count * longest for count, longest in layout.groups)
     assert sum(count for count, _ in layout.groups) == len(lengths)
     assert len(layout.source_P) == rows
@@ -58,6 +61,19 @@ def test_layout_holds_every_token_once_and_wastes_little(lengths: list[int]) -> 
     # The row a token goes to copies that token.
     assert layout.source_P[layout.target_N].tolist() == list(range(sum(lengths)))
     assert rows <= sum(lengths) / 0.6 + len(lengths)
+    assert len(layout.copies_C) == 0
+
+
+def test_shared_rows_are_copied_and_their_copies_known() -> None:
+    """Rows 0 to 2 are a prompt with three samples, the last of them without a further token."""
+    rows = [np.array([0, 1, 2, 3, 4]), np.array([0, 1, 2, 5]), np.array([0, 1, 2]), np.array([6])]
+    layout = PackedLayout(rows)
+    assert layout.num_tokens == 7
+    assert layout.source_P[layout.target_N].tolist() == list(range(7))
+    assert layout.source_P[layout.copies_C].tolist() == layout.copied_C.tolist() == [0, 1, 2, 0, 1, 2]
+    assert not set(layout.copies_C.tolist()) & set(layout.target_N.tolist())
+    with pytest.raises(ValueError, match="every row below 7"):
+        PackedLayout([np.array([0, 6])])
 
 
 def test_sequences_do_not_see_each_other() -> None:
@@ -71,7 +87,9 @@ def test_sequences_do_not_see_each_other() -> None:
     other[0, 7:16] = (other[0, 7:16] + 1) % VOCAB
     with torch.no_grad():
         first, second = (
-            model.model(t, position_ids=positions, use_cache=False, layout=PackedLayout(lengths)).last_hidden_state[0]
+            model.model(
+                t, position_ids=positions, use_cache=False, layout=PackedLayout.from_lengths(lengths)
+            ).last_hidden_state[0]
             for t in (tokens, other)
         )
     assert torch.equal(first[:7], second[:7])
@@ -81,12 +99,12 @@ def test_sequences_do_not_see_each_other() -> None:
 
 def test_what_it_cannot_compute_is_refused() -> None:
     x = torch.zeros(1, 2, 3, 4)
-    layout = PackedLayout([3])
+    layout = PackedLayout.from_lengths([3])
     with pytest.raises(ModelError, match="dropout"):
         packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, dropout=0.1)
     with pytest.raises(ModelError, match="sinks"):
         packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, s_aux=torch.zeros(2))
     with pytest.raises(ValueError, match="layout"):
-        packed_attention(torch.nn.Identity(), x, x, x, None, layout=PackedLayout([4]))
+        packed_attention(torch.nn.Identity(), x, x, x, None, layout=PackedLayout.from_lengths([4]))
     with pytest.raises(ValueError, match="at least one token"):
-        PackedLayout([3, 0])
+        PackedLayout.from_lengths([3, 0])

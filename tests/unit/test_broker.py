@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import socket
 import threading
 import time
@@ -10,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import zmq
-
 from broker_fakes import HELDOUT, VOCAB, FakeGenerator, make_broker, small_config
+
 from orz_async.broker import wire
-from orz_async.broker.messages import Hello, Published, Welcome
+from orz_async.broker.client import BrokerClient
+from orz_async.broker.messages import Hello, LeaseRef, Leave, Progress, Published, Status, Welcome
 from orz_async.broker.server import Broker, ResumePoint
+from orz_async.config import JournalConfig
 from orz_async.errors import ConfigError, PeerLostError, PortError, WireError
+from orz_async.observe.events import EventLog
 from orz_async.records import Trajectory
+
+Connect = Callable[[str], zmq.Socket[bytes]]
 
 
 @pytest.fixture
@@ -33,6 +40,23 @@ def brokers(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
     for broker in opened:
         broker.close(finished=False, reason="the test ends")
     assert not [thread for thread in threading.enumerate() if thread.name == "broker"]
+
+
+@pytest.fixture
+def hostile() -> Iterator[Callable[[str], zmq.Socket[bytes]]]:
+    """Sockets that speak whatever a test wants."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
+    opened = []
+
+    def connect(address: str) -> zmq.Socket[bytes]:
+        peer = context.socket(zmq.DEALER)
+        peer.connect(address)
+        opened.append(peer)
+        return peer
+
+    yield connect
+    context.destroy(linger=0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -122,19 +146,102 @@ def test_reconnection_keeps_leases_and_loses_no_result(brokers: Callable[..., Br
         assert broker.funnel()["granted"] == 4
 
 
-def test_a_new_epoch_voids_leases_and_the_run_goes_on(brokers: Callable[..., Broker]) -> None:
-    port = free_port()
-    broker = brokers(max_lag=1, bind=f"tcp://127.0.0.1:{port}")
+def crash(broker: Broker) -> None:
+    """End the broker's thread between two turns: no goodbye, nothing flushed that was not flushed before."""
+    broker._call(lambda: setattr(broker._service, "_stopping", True))
+    broker.close(finished=False, reason="")
+
+
+def test_restart_from_a_checkpoint_repeats_the_batches_taken_since(brokers: Callable[..., Broker]) -> None:
+    fields = {"bind": f"tcp://127.0.0.1:{free_port()}", "max_lag": 2, "window": 1}
+    broker = brokers(**fields)
+    broker.published(0)
+    with FakeGenerator(broker.address, "a") as a, FakeGenerator(broker.address, "b") as b:
+        batches = run_steps(broker, 0, 2)
+        resume = ResumePoint(broker.snapshot(), 2)
+        batches += run_steps(broker, 2, 4)
+        a.mute = b.mute = True
+        granted = broker.funnel()["granted"]
+        crash(broker)
+
+        broker = brokers(resume, epoch=2, **fields)
+        broker.published(2)
+        # The first step repeats without any generator's help; then the learner dies again.
+        assert broker.take(2) == batches[2]
+        broker.published(3)
+        crash(broker)
+
+        broker = brokers(resume, epoch=3, **fields)
+        broker.published(2)
+        assert run_steps(broker, 2, 4) == batches[2:]
+        a.mute = b.mute = False
+        batches += run_steps(broker, 4, 6)
+        funnel = broker.funnel()
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None and b.bye is not None)
+    assert sorted(t.rollout for batch in batches for t in batch) == list(range(24))
+    assert all(step - t.version_first <= 2 for step, batch in enumerate(batches) for t in batch)
+    expired = funnel["expired"]
+    assert isinstance(expired, dict) and isinstance(granted, int)
+    assert funnel["trained"] == 24 and funnel["in_flight"] == 0
+    assert funnel["granted"] == 24 + sum(expired.values())
+    assert {epoch for epoch, _ in a.grants + b.grants} >= {1, 3}
+
+
+def test_restart_without_a_checkpoint_replays_the_journal_from_the_start(brokers: Callable[..., Broker]) -> None:
+    fields = {"bind": f"tcp://127.0.0.1:{free_port()}", "max_lag": 0}
+    broker = brokers(**fields)
+    broker.published(0)
+    with FakeGenerator(broker.address, "a") as a:
+        batches = run_steps(broker, 0, 2)
+        crash(broker)
+        broker = brokers(epoch=2, **fields)
+        broker.published(0)
+        assert run_steps(broker, 0, 2) == batches
+        batches += run_steps(broker, 2, 6)
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None)
+    assert [t.rollout for batch in batches for t in batch] == list(range(24))
+
+
+def test_a_lost_journal_costs_samples_but_not_the_run(brokers: Callable[..., Broker], tmp_path: Path) -> None:
+    fields = {"bind": f"tcp://127.0.0.1:{free_port()}", "max_lag": 1}
+    broker = brokers(**fields)
     broker.published(0)
     with FakeGenerator(broker.address, "a") as a:
         run_steps(broker, 0, 2)
+        wait_until(lambda: broker._call(lambda: broker._service.ledger.book.num_ready) == 8)
         resume = ResumePoint(broker.snapshot(), 2)
-        a.mute = True
-        broker.take(2)
-        broker.published(3)
-        wait_until(lambda: len(a.leases) > 0)
-        broker.close(finished=False, reason="")
-        assert a.bye is None or not a.bye.finished
+        crash(broker)
+        shutil.rmtree(tmp_path / "journal")
+        broker = brokers(resume, epoch=2, **fields)
+        assert broker.funnel()["expired"] == {"journal_lost": 8}
+        broker.published(2)
+        batches = run_steps(broker, 2, 6)
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None)
+    assert [t.rollout for batch in batches for t in batch] == list(range(8, 24))
+    assert {t.attempt for t in batches[0]} == {1}
+
+
+def test_acknowledgements_wait_for_the_disk(tmp_path: Path) -> None:
+    config = dataclasses.replace(small_config(max_lag=0), journal=JournalConfig(fsync="interval", interval_s=3600.0))
+    broker = make_broker(tmp_path, config)
+    broker.start()
+    broker.published(0)
+    a = FakeGenerator(broker.address, "a")
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        a.turn()
+    # The first sync is due at once and may cover some; whatever it did not cover is kept by the generator.
+    journaled = broker._call(lambda: broker._journal.next_index)
+    durable = broker._call(lambda: broker._journal.durable)
+    assert (len(a.unacked) > 0) == (durable < journaled)
+    assert len(broker.take(0)) == 4
+    broker.snapshot()
+    wait_until(lambda: a.turn() is None and not a.unacked)
+    with a:
+        broker.close(finished=True, reason="done")
 
 
 def free_port() -> int:
@@ -170,3 +277,148 @@ def test_port_in_use(brokers: Callable[..., Broker]) -> None:
     taken = brokers().address
     with pytest.raises(PortError, match="Address already in use"):
         brokers(bind=taken)
+
+
+def test_garbage_blocks_nobody_and_its_sender_is_shown_the_door(
+    brokers: Callable[..., Broker], hostile: Connect
+) -> None:
+    broker = brokers(max_lag=0)
+    broker.published(0)
+    peer = hostile(broker.address)
+    with FakeGenerator(broker.address, "a") as a:
+        for _ in range(50):
+            peer.send(b"not a frame")
+            peer.send_multipart([b"many", b"parts"])
+        hello = Hello("evil", "fake", 8, VOCAB, 2)
+        peer.send(wire.encode(hello, run=wire.ANY_RUN, epoch=0, sequence=1))
+        for _ in range(40):
+            peer.send(b"ORZ1" + bytes(100))
+        batches = run_steps(broker, 0, 6)
+        assert len(batches) == 6
+        wait_until(lambda: [g["name"] for g in broker.generators()] == ["a"])
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None)
+
+
+def test_poisoned_results_cost_their_sender_its_leases(brokers: Callable[..., Broker]) -> None:
+    broker = brokers(max_lag=0)
+    broker.published(0)
+    evil = FakeGenerator(broker.address, "evil")
+    evil.poison = {"reward": float("nan")}
+    wait_until(lambda: evil.turn() is None and evil.bye is not None)
+    assert evil.bye is not None and "16 rejections, the last one: reward nan" in evil.bye.reason
+    evil.client.close()
+    again = FakeGenerator(broker.address, "evil")
+    wait_until(lambda: again.turn() is None and again.bye is not None)
+    again.client.close()
+    with FakeGenerator(broker.address, "a") as a:
+        batches = run_steps(broker, 0, 6)
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None)
+    assert [t.rollout for batch in batches for t in batch] == list(range(24))
+    assert {t.generator for batch in batches for t in batch} == {"a"}
+
+
+def test_a_peer_that_never_reads_does_not_block_the_broker(brokers: Callable[..., Broker], hostile: Connect) -> None:
+    broker = brokers(max_lag=0)
+    broker.published(0)
+    peer = hostile(broker.address)
+    peer.send(wire.encode(Hello("deaf", "fake", 0, VOCAB, 2), run=wire.ANY_RUN, epoch=0, sequence=1))
+    ref = LeaseRef("train", 0, 7)
+    with FakeGenerator(broker.address, "a") as a:
+        for sequence in range(2, 20_000):
+            # Every Status lists a lease it does not hold: each is answered by a Cancel nobody reads.
+            status = Status(0, 0, (Progress(ref, 1, False),))
+            peer.send(wire.encode(status, run=wire.run_hash("run-a"), epoch=1, sequence=sequence))
+        assert len(run_steps(broker, 0, 6)) == 6
+        broker.close(finished=True, reason="done")
+        wait_until(lambda: a.bye is not None)
+
+
+def test_frames_of_another_run_epoch_or_sequence_change_nothing(
+    brokers: Callable[..., Broker], hostile: Connect
+) -> None:
+    broker = brokers(max_lag=0, lease_s=60.0)
+    broker.published(0)
+    peer = hostile(broker.address)
+    run = wire.run_hash("run-a")
+    peer.send(wire.encode(Hello("x", "fake", 4, VOCAB, 2), run=run, epoch=1, sequence=5))
+    status = Status(4, 0, ())
+    for frame in (
+        wire.encode(status, run=wire.run_hash("run-b"), epoch=1, sequence=6),
+        wire.encode(status, run=run, epoch=2, sequence=6),
+        wire.encode(status, run=run, epoch=1, sequence=5),
+    ):
+        peer.send(frame)
+    welcome, *others = (wire.decode_to_generator(peer.recv())[1] for _ in range(4))
+    assert isinstance(welcome, Welcome)
+    assert all(isinstance(message, Published) for message in others)
+    assert broker.funnel()["granted"] == 0
+    peer.send(wire.encode(status, run=run, epoch=1, sequence=6))
+    wait_until(lambda: broker.funnel()["granted"] == 4)
+
+
+def test_a_generator_of_another_run_is_turned_away(brokers: Callable[..., Broker]) -> None:
+    broker = brokers()
+    a = FakeGenerator(broker.address, "a")
+    a.client._run = wire.run_hash("run-b")
+    wait_until(lambda: a.turn() is None and a.bye is not None)
+    assert a.bye is not None and "this is run run-a" in a.bye.reason
+    a.client.close()
+
+
+def test_a_name_in_use_by_a_living_process_is_refused(brokers: Callable[..., Broker]) -> None:
+    broker = brokers()
+    with FakeGenerator(broker.address, "a", pid=1) as a:
+        wait_until(lambda: a.epoch == 1)
+        twin = FakeGenerator(broker.address, "a", pid=2)
+        wait_until(lambda: twin.turn() is None and twin.bye is not None)
+        assert twin.bye is not None and "in use by process 1; choose another --name" in twin.bye.reason
+        twin.client.close()
+
+
+def test_another_wire_version_ends_the_client_with_advice() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    a = FakeGenerator(f"tcp://127.0.0.1:{port}", "a")
+    while not router.poll(10):
+        a.turn()
+    identity, _ = router.recv_multipart()
+    frame = bytearray(wire.encode(Published(0), run=wire.ANY_RUN, epoch=1, sequence=1))
+    frame[4] = 9
+    router.send_multipart([identity, bytes(frame)])
+    with pytest.raises(WireError, match="install the same release"):
+        wait_until(lambda: a.turn() is not None)
+    a.client.close()
+    context.destroy(linger=0)
+
+
+def test_a_client_without_a_broker_gives_up_after_its_bound() -> None:
+    hello = Hello("a", "fake", 1, VOCAB, 1)
+    client = BrokerClient(f"tcp://127.0.0.1:{free_port()}", hello, reconnect_s=0.3, events=EventLog.disabled())
+    with pytest.raises(PeerLostError, match="heard nothing for"):
+        wait_until(lambda: client.poll(0.05) is None)
+    client.close()
+
+
+def test_a_drained_generator_leaves_and_its_leases_go_on(brokers: Callable[..., Broker]) -> None:
+    broker = brokers(max_lag=0, lease_s=60.0)
+    broker.published(0)
+    a = FakeGenerator(broker.address, "a")
+    a.mute = True
+    while len(a.leases) < 4:
+        a.turn()
+    assert a.client.send(Leave("stopped by a signal"))
+    a.client.close()
+    wait_until(lambda: broker.funnel()["expired"] == {"left": 4})
+    with FakeGenerator(broker.address, "b"):
+        assert [t.attempt for t in broker.take(0)] == [1, 1, 1, 1]
+
+
+def test_an_error_in_the_brokers_thread_reaches_the_learner(brokers: Callable[..., Broker]) -> None:
+    broker = brokers()
+    with pytest.raises(AssertionError, match="published one is 0"):
+        broker.take(3)
+    with pytest.raises(AssertionError, match="published one is 0"):
+        broker.published(1)

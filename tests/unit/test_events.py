@@ -78,6 +78,18 @@ def test_the_tail_reads_every_line_once_and_sorts_by_time(tmp_path: Path) -> Non
     assert [e["kind"] for e in tail.poll()] == ["process"]
 
 
+def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    line = b'{"v":1,"t":1.0,"kind":"step"}\n'
+    tail = Tail(tmp_path)
+    with (tmp_path / "a.jsonl").open("ab", buffering=0) as file:
+        file.write(line + line[:10])
+        assert len(tail.poll()) == 1
+        assert tail.poll() == []
+        file.write(line[10:])
+        assert len(tail.poll()) == 1
+    assert tail.unreadable == 0
+
+
 @pytest.mark.parametrize("line", [b"[]", b'{"v":2,"t":1.0,"kind":"x"}', b'{"v":1,"t":"x","kind":"x"}', b"\xff", b"{"])
 def test_the_tail_skips_and_counts_what_is_no_event(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(line + b"\n" + b'{"v":1,"t":1.0,"kind":"good"}\n')

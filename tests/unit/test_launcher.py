@@ -118,6 +118,7 @@ def test_a_killed_learner_is_restarted_and_generators_follow_it(launch: Launch) 
     assert code == 0, output
     assert launched.lives("learner") == 2
     assert "killed by signal 9 after 0 steps; resuming in 0.05 s (restart 1 of at most 3" in output
+    assert "the learner listens on another address now" in output
     assert (launched.run / "address-g0").read_text() == (launched.run / "address").read_text()
 
 
@@ -186,7 +187,8 @@ def test_a_killed_generator_is_restarted(launch: Launch) -> None:
     assert code == 0, output
     assert launched.lives("g0") == 2
     assert (
-        "generator-g0 was killed by signal 9; starting it again in 0.05 s (restart 1 of at most 5 in a row)" in output
+        "generator-g0 was killed by signal 9; starting it again after 0.05 s (restart 1 of at most 5 in a row)"
+        in output
     )
 
 
@@ -218,7 +220,7 @@ def test_a_generator_with_a_futile_error_is_not_restarted(launch: Launch) -> Non
 def test_a_generator_that_left_on_purpose_stays_away(launch: Launch) -> None:
     launched = launch("drain", "leave")
     launched.until_there("learner-waits", "working-g0")
-    time.sleep(0.3)
+    time.sleep(1.0)
     launched.process.send_signal(signal.SIGINT)
     code, output = launched.end()
     assert code == 130, output
@@ -238,26 +240,26 @@ def test_kill_9_of_the_launcher_takes_everybody_along(launch: Launch) -> None:
     assert launched.alive() == []
 
 
-def test_a_worker_that_outlived_torchrun_is_ended_before_the_restart(launch: Launch) -> None:
-    launched = launch("stubborn")
+def test_what_outlived_torchrun_is_ended_before_the_restart(launch: Launch) -> None:
+    launched = launch("stubborn-with-helper")
     launched.until_there("learner-waits")
+    assert sum("helper" in line.split() for line in launched.alive()) == 1
     agent = next(
         p for p in psutil.process_iter(["cmdline"]) if {"torchrun", str(launched.run)} <= set(p.info["cmdline"] or [])
     )
     agent.kill()
     launched.until(lambda: launched.lives("learner") == 2, "the restart")
     assert sum("learner" in line.split() for line in launched.alive()) == 1
+    assert sum("helper" in line.split() for line in launched.alive()) <= 1
     launched.process.send_signal(signal.SIGINT)
     time.sleep(0.7)
     launched.process.send_signal(signal.SIGINT)
     assert launched.end()[0] == 130
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "code", "learner_lives"), [("real-torchrun-typed", 8, 1), ("real-torchrun-die-once", 0, 2)]
-)
-def test_the_same_through_the_real_torchrun(launch: Launch, behaviour: str, code: int, learner_lives: int) -> None:
-    launched = launch(behaviour)
-    found, output = launched.end()
-    assert found == code, output
-    assert launched.lives("learner") == learner_lives
+def test_the_same_through_the_real_torchrun(launch: Launch) -> None:
+    launched = launch("real-torchrun-die-then-typed")
+    code, output = launched.end()
+    assert launched.lives("learner") == 2, output
+    assert code == 8, output
+    assert "expected a finite loss, found nan; lower learner.lr" in output

@@ -12,7 +12,7 @@ import pytest
 from orz_async.config import Config
 from orz_async.config_toml import from_toml, load
 from orz_async.errors import ConfigError, DiskError
-from orz_async.launcher.commands import commands, connected, dry_run
+from orz_async.launcher.commands import commands, dry_run
 from orz_async.launcher.limits import Limits
 from orz_async.launcher.run_folder import Mode, RunFolder
 from orz_async.recipes import tiny_cpu
@@ -24,9 +24,8 @@ def config(tmp_path: Path) -> Config:
 
 
 def use(config: Config, mode: Mode = Mode.CONTINUE) -> Path:
-    folder = RunFolder(config, mode)
-    folder.close()
-    return folder.path
+    with RunFolder(config, mode) as folder:
+        return folder.path
 
 
 def train(path: Path, steps: int, *, ended: bool) -> None:
@@ -79,9 +78,8 @@ def test_other_settings_are_refused_and_named(config: Config) -> None:
 
 def test_settings_that_the_learner_refused_are_not_kept(config: Config) -> None:
     path = use(config)
-    folder = RunFolder(dataclasses.replace(config, seed=5), Mode.RESUME)
-    folder.settings_refused()
-    folder.close()
+    with RunFolder(dataclasses.replace(config, seed=5), Mode.RESUME) as folder:
+        folder.settings_refused()
     assert load(path / "config.toml") == config
 
 
@@ -117,10 +115,8 @@ def test_a_run_without_its_configuration_is_not_guessed_at(config: Config) -> No
 
 
 def test_two_launchers_do_not_share_a_folder(config: Config) -> None:
-    first = RunFolder(config, Mode.CONTINUE)
-    with pytest.raises(ConfigError, match="in use by another orz run"):
-        RunFolder(config, Mode.OVERWRITE)
-    first.close()
+    with RunFolder(config, Mode.CONTINUE), pytest.raises(ConfigError, match="in use by another orz run"):
+        use(config, Mode.OVERWRITE)
     use(config)
 
 
@@ -139,9 +135,8 @@ def test_what_is_started_comes_from_the_configuration() -> None:
     assert found.learner.argv[found.learner.argv.index("--nproc-per-node") + 1] == "2"
     assert found.learner.env["OMP_NUM_THREADS"] == "1"
     assert [c.name for c in found.generators] == ["generator-g0", "generator-g1", "generator-g2"]
-    argv = connected(found.generators[1], "tcp://127.0.0.1:5").argv
+    argv = found.generators[1].argv
     options = dict(zip(argv[3::2], argv[4::2], strict=False))
-    assert options["--connect"] == "tcp://127.0.0.1:5"
     assert (options["--name"], options["--slots"], options["--run-dir"]) == ("g1", "7", "runs/a b")
     assert argv[-1] == "--keep-kv"
     assert found.generators[1].env["OMP_NUM_THREADS"] == "2"
@@ -152,7 +147,7 @@ def test_a_dry_run_is_toml_that_gives_the_same_configuration() -> None:
     assert from_toml(text) == tiny_cpu()
     assert set(tomllib.loads(text)) == {field.name for field in dataclasses.fields(Config)}
     shown = [line for line in text.splitlines() if line.startswith("#")]
-    assert sum("orz_async.generator --connect ADDRESS" in line for line in shown) == tiny_cpu().generator.count
+    assert sum("orz_async.generator --run-dir runs/tiny_cpu" in line for line in shown) == tiny_cpu().generator.count
     assert sum("torch.distributed.run" in line for line in shown) == 1
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import learner_kit as kit
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from orz_async.errors import ModelError
 from orz_async.learner.batch import make_microbatch, make_step_batch
 from orz_async.learner.hf_directory import check_tokenizer, inspect, read_shapes
 from orz_async.learner.model import PolicyTerms, build_critic, load_policy
+from orz_async.records import as_int32
 
 
 @pytest.mark.parametrize("family", kit.FAMILIES)
@@ -22,17 +24,16 @@ def test_logprobs_are_those_of_the_hugging_face_model(tmp_path: Path, family: st
     policy = load_policy(kit.save_model(tmp_path, family))
     reference = kit.random_causal_lm(family)
     assert [n for n, _ in policy.named_parameters()] == [n for n, _ in reference.named_parameters()]
-    batch = make_step_batch(kit.rollouts(5), version=0, max_lag=0)
+    trajectories = kit.rollouts(5)
+    batch = make_step_batch(trajectories, version=0, max_lag=0)
     micro = make_microbatch(batch, range(5), torch.device("cpu"))
     with torch.no_grad():
         logprobs_M, _ = policy(micro, temperature=0.7)
-        start = 0
         want = []
-        for b, length in enumerate(micro.layout.lengths_B):
-            tokens = micro.tokens_N[start : start + length]
-            logits = reference(tokens[None], use_cache=False).logits[0, -int(batch.response_lengths_B[b]) :]
+        for t in trajectories:
+            tokens = torch.from_numpy(np.concatenate([as_int32(t.prompt), as_int32(t.response)])[:-1]).long()
+            logits = reference(tokens[None], use_cache=False).logits[0, -t.num_response_tokens :]
             want.append(torch.log_softmax(logits.double() / 0.7, -1))
-            start += length
     want_M = torch.cat(want).gather(1, micro.targets_M[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs_M.double(), want_M, atol=1e-5, rtol=1e-5)
 

@@ -199,7 +199,7 @@ def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
     close(step.advantages_R, torch.cat(oracle.advantages))
 
     report, _ = trainer.update_policy(step)
-    for k, part in enumerate(split(len(batch), config.learner.policy_steps, seed=(config.seed, 0, 1))):
+    for k, part in enumerate(split(step.batch, config.learner.policy_steps, seed=(config.seed, 0, 1))):
         want = oracle.update(
             oracle.policy_loss(part, packs(trainer, step, part)), list(oracle.policy.parameters()), config.learner.lr
         )
@@ -208,7 +208,7 @@ def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
         close(got, expected, name)
 
     critic_report = trainer.update_critic(step)
-    for k, part in enumerate(split(len(batch), config.learner.critic_steps, seed=(config.seed, 0, 2))):
+    for k, part in enumerate(split(step.batch, config.learner.critic_steps, seed=(config.seed, 0, 2))):
         loss = oracle.critic_loss(part, packs(trainer, step, part))
         want = oracle.update(loss, oracle.critic_parameters, config.learner.critic_lr)
         close(torch.tensor([critic_report.losses[k], critic_report.grad_norms[k]]), torch.tensor(want))

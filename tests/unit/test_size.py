@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [p for p in (ROOT / "orz_async").rglob("*.py")] + [p for p in (ROOT / "kernels").rglob("*.py")]
+SOURCES = [*(ROOT / "orz_async").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 
 LONGEST_FILE = 400
 MEDIAN_FILE = 150

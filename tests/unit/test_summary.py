@@ -133,6 +133,19 @@ def test_a_resumed_run_counts_every_step_once(tmp_path: Path, logs: Logs) -> Non
     assert got.versions == {"torch": "1"}
 
 
+def test_a_learner_that_just_resumed_has_lost_the_steps_after_its_checkpoint(tmp_path: Path, logs: Logs) -> None:
+    logs.learner(1000, 0)
+    logs.eval(1001, 0, 0.2, 10.0)
+    for step in range(4):
+        logs.step(1002 + 2 * step, step)
+    logs.eval(1008.5, 2, 0.3, 11.0)
+    logs.eval(1008.6, 4, 0.4, 12.0)
+    logs.learner(2000, 2)
+    got = summary_of(tmp_path)
+    assert (got.steps, [e.version for e in got.evals]) == (2, [0, 2])
+    assert got.train_wall_s == pytest.approx(8.0), "the time of lost steps was spent all the same"
+
+
 def test_idle_and_speed_are_of_the_training_time_only(tmp_path: Path, logs: Logs) -> None:
     resumed_run(logs)
     got = summary_of(tmp_path)

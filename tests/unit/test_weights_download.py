@@ -63,6 +63,13 @@ def test_open_requests_never_exceed_the_credits() -> None:
     assert asked == source.manifest.num_chunks
 
 
+def test_the_same_manifest_again_asks_for_nothing() -> None:
+    machine, source = download(), payload(0)
+    machine.want(0, 0.0)
+    machine.handle(source.manifest, 0.0)
+    assert machine.handle(source.manifest, 0.0) == []
+
+
 def test_a_version_that_is_not_there_is_asked_for_again_but_not_in_a_hurry() -> None:
     machine = download()
     machine.want(3, 0.0)
@@ -195,6 +202,16 @@ def test_a_lost_chunk_is_asked_for_again() -> None:
     assert machine.handle(source.chunk(0), 0.0) == []  # a second time
 
 
+def test_a_new_connection_is_asked_for_what_the_old_one_owed() -> None:
+    machine, source = download(), payload(0)
+    assert machine.reconnected(0.0) == []
+    machine.want(0, 0.0)
+    assert machine.reconnected(0.0) == [Want(0, -1, "")]
+    serve(machine, source, machine.handle(source.manifest, 0.0), 0.0, chunks=4)
+    assert machine.reconnected(0.0) == [Want(0, -1, "")]
+    assert machine.handle(source.manifest, 0.0)[0] == Pull(0, "", 4)
+
+
 def test_gone_asks_for_what_there_is() -> None:
     machine, first, second = download(), payload(1), payload(5)
     machine.want(1, 0.0)
@@ -224,6 +241,19 @@ def test_damage_behind_intact_frames_starts_over_with_everything_and_ends_with_a
         WireError, match=r"tensor 'embed\.weight' of version 1: expected checksum.*3 transfers in a row"
     ):
         attempt()
+
+
+def test_after_damage_nothing_is_built_on_the_base_either() -> None:
+    machine, first = download(), payload(0)
+    machine.want(0, 0.0)
+    serve(machine, first, machine.handle(first.manifest, 0.0), 0.0)
+    assert machine.want(1, 0.0) != [Want(1, -1, "")]
+    second = payload(1)
+    machine.handle(second.manifest, 0.0)
+    actions: list[Action] = []
+    for index in range(second.manifest.num_chunks):
+        actions += machine.handle(Chunk(1, "", index, memoryview(bytes(second.manifest.chunk_length(index)))), 0.0)
+    assert actions[-1] == Want(1, -1, "")
 
 
 def test_a_manifest_over_the_limits_ends_it() -> None:

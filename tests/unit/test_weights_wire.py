@@ -87,13 +87,23 @@ def test_another_epoch_and_another_release_are_told_apart_from_damage() -> None:
         decode(header, 4)
 
 
+def framed(kind: int, body: bytes) -> bytes:
+    head = struct.pack("<4sHHII", MAGIC, 1, kind, 4, 0)
+    return head[:12] + struct.pack("<I", crc32c(body, crc32c(head))) + body
+
+
+# Text that is no UTF-8, wrong types, too few fields, nesting without end.
+@pytest.mark.parametrize("body", [b"\x93\x00\x00\xa1\x80", b"\x93\xa1a\x00\xa0", b"\x91\x00", b"\x91" * 100_000, b""])
+def test_a_malformed_body_is_refused(body: bytes) -> None:
+    with pytest.raises(WireError, match="malformed Want"):
+        decode(framed(0, body), 4)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 8), st.binary(max_size=200))
 def test_sound_frames_with_arbitrary_bodies_do_no_harm(kind: int, body: bytes) -> None:
-    head = struct.pack("<4sHHII", MAGIC, 1, kind, 4, 0)
-    frame = head[:12] + struct.pack("<I", crc32c(body, crc32c(head))) + body
     try:
-        message = decode(frame, 4)
+        message = decode(framed(kind, body), 4)
     except WireError:
         return
     if isinstance(message, Manifest):

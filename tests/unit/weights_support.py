@@ -41,7 +41,7 @@ def num_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def until(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
+def until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
     """The first true value of `condition`, or the last one."""
     end = time.monotonic() + timeout_s
     while not (value := condition()) and time.monotonic() < end:

@@ -17,6 +17,8 @@ from orz_async.ops.reference.loss import clipped_policy, ppo_loss, wide
 
 # Elements of one [C, V] scratch buffer: 64 MiB of float32.
 CHUNK_ELEMENTS = 2**24
+# exp of this is 0 in float64 too, and no product with it overflows float32.
+LOG_FLOOR = -1e4
 
 
 class Softmax(NamedTuple):
@@ -62,7 +64,7 @@ def softmax_pass(logits_CV: Tensor, targets_C: Tensor, temperature: float, consu
     top_C = z_CV.amax(1)
     z_CV.sub_(top_C[:, None])
     picked_C = z_CV.gather(1, targets_C[:, None]).squeeze(1)
-    weighted_CV = z_CV.exp().mul_(z_CV.clamp(min=torch.finfo(z_CV.dtype).min))
+    weighted_CV = z_CV.exp().mul_(z_CV.clamp(min=LOG_FLOOR))
     exp_CV = z_CV.exp_()
     total_C = exp_CV.sum(1)
     log_total_C = total_C.log()
@@ -88,7 +90,7 @@ def gradient_pass(
         dz_CV = p_CV.mul_(-slope_C[:, None])
     else:
         g_C = grad_entropy_C.to(log_p_CV.dtype) / temperature
-        log_p_CV.clamp_(min=torch.finfo(log_p_CV.dtype).min).add_(entropy_C[:, None])
+        log_p_CV.clamp_(min=LOG_FLOOR).add_(entropy_C[:, None])
         dz_CV = p_CV.mul_(log_p_CV.mul_(-g_C[:, None]).sub_(slope_C[:, None]))
     out_CV.copy_(dz_CV.scatter_add_(1, targets_C[:, None], slope_C[:, None]))
 

