@@ -105,7 +105,7 @@ def bench_pack() -> list[Row]:
         "pack_8192_16_ranks",
         {
             "c++": lambda: ops.pack(lengths, max_tokens=16384, num_ranks=16, cost=cost),
-            "python, same algorithm": lambda: reference.pack(lengths, 16384, 16, cost),
+            "python, same algorithm": lambda: reference.pack(np.array(lengths), 16384, 16, cost),
         },
         repeats=5,
     )

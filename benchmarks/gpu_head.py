@@ -14,7 +14,9 @@ from orz_async.ops import reference
 EAGER_ROWS = 2048  # rows of logits eager code holds at a time
 
 
-def problem(bench: Bench, rows: int, vocab: int, width: int, *, shared: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:  # fmt: skip
+def problem(
+    bench: Bench, rows: int, vocab: int, width: int, *, shared: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
     """Hidden states, head and targets, with sampled log-probs near the current ones, as after a few updates."""
     hidden, weight = bench.randn(rows, width), bench.randn(vocab, width, scale=width**-0.5)
     if shared:
@@ -36,12 +38,14 @@ def run(bench: Bench, p: dict[str, Tensor], **how: Any) -> Any:
 
     total = torch.tensor(float(len(p["hidden"])), device=bench.device)
     return ppo_head.compute(
-        p["hidden"], p["weight"], p["targets"], p["sampled"], p["advantages"], how.get("proximal"), how.get("mask"), total,
-        0.2, 0.2, None, None, 1.0, how.get("chunk"), True, True, how.get("variant"), how.get("tiles"),
+        p["hidden"], p["weight"], p["targets"], p["sampled"], p["advantages"], how.get("proximal"), how.get("mask"),
+        total, 0.2, 0.2, None, None, 1.0, how.get("chunk"), True, True, how.get("variant"), how.get("tiles"),
     )  # fmt: skip
 
 
-def expected(bench: Bench, p: dict[str, Tensor], proximal: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expected(
+    bench: Bench, p: dict[str, Tensor], proximal: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropy and gradients in float64 by the textbook softmax, in memory of one [rows, V] matrix or two."""
     hidden, weight, at = p["hidden"].double(), p["weight"].double(), p["targets"][:, None]
     log_p = torch.log_softmax(hidden @ weight.T, 1)
@@ -77,7 +81,9 @@ def check(bench: Bench) -> None:
     near = p["sampled"].clone()
     p["hidden"] *= 8
     p["sampled"] = torch.full_like(near, -0.01)
-    now = torch.log_softmax(p["hidden"].double() @ p["weight"].double().T, 1).gather(1, p["targets"][:, None]).squeeze(1)
+    now = (
+        torch.log_softmax(p["hidden"].double() @ p["weight"].double().T, 1).gather(1, p["targets"][:, None]).squeeze(1)
+    )
     check_one(bench, "overflow", p, proximal=now.float())
     p = problem(bench, rows, vocab, width)
     for variant in ("fused", "library"):
@@ -94,13 +100,11 @@ def check(bench: Bench) -> None:
             bench.check(f"ppo_head {variant}", "rows hidden by a mask", float(masked[1][~mask].abs().max()), 0.0)
 
 
-def eager_step(p: dict[str, Tensor], rows: slice, total: int) -> Tensor:
-    """What people write: chunked bfloat16 logits, float32 log-softmax, PPO loss and entropy."""
-    hidden, weight = p["hidden"][rows], p["weight"]
+def eager_step(hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Tensor, advantages: Tensor) -> Tensor:
+    """What people write: a chunk of bfloat16 logits, float32 log-softmax, PPO loss; no entropy, no statistics."""
     log_p = torch.log_softmax((hidden @ weight.T).float(), 1)
-    logprobs = log_p.gather(1, p["targets"][rows, None]).squeeze(1)
-    ratio, advantages = (logprobs - p["sampled"][rows]).exp(), p["advantages"][rows]
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() / total
+    ratio = (log_p.gather(1, targets[:, None]).squeeze(1) - sampled).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
 
 
 def eager(p: dict[str, Tensor], step: Callable[..., Any] = eager_step) -> Thunk:
@@ -110,7 +114,9 @@ def eager(p: dict[str, Tensor], step: Callable[..., Any] = eager_step) -> Thunk:
     def whole() -> None:
         leaves["hidden"].grad = leaves["weight"].grad = None
         for start in range(0, rows, EAGER_ROWS):
-            step(leaves, slice(start, min(start + EAGER_ROWS, rows)), rows).backward()
+            at = slice(start, start + EAGER_ROWS)
+            rest = (leaves[k][at] for k in ("targets", "sampled", "advantages"))
+            (step(leaves["hidden"][at], leaves["weight"], *rest) / rows).backward()
 
     return whole
 
@@ -119,16 +125,24 @@ def peers(bench: Bench, p: dict[str, Tensor]) -> dict[str, Thunk]:
     """Fused linear cross-entropies. They have no PPO, no statistics and no entropy: less work than ours."""
     found: dict[str, Thunk] = {}
     hidden, weight = (p[k].detach().requires_grad_() for k in ("hidden", "weight"))
+
+    def differentiated(loss: Callable[..., Any]) -> Thunk:
+        def step() -> None:
+            hidden.grad = weight.grad = None
+            loss(hidden, weight, p["targets"]).backward()
+
+        return step
+
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        found["liger (cross-entropy only)"] = lambda: liger(hidden, weight, p["targets"]).backward()
+        found["liger (cross-entropy only)"] = differentiated(liger)
     except ImportError as error:
         print(f"  liger-kernel is not here: {error}")
     try:
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        found["cut-cross-entropy"] = lambda: cut(hidden, weight, p["targets"]).backward()
+        found["cut-cross-entropy"] = differentiated(cut)
     except ImportError as error:
         print(f"  cut-cross-entropy is not here: {error}")
     return {} if bench.dry else found
@@ -170,7 +184,8 @@ def _public(bench: Bench, name: str, p: dict[str, Tensor], flop: float) -> None:
     def step() -> None:
         hidden.grad = weight.grad = None
         rest = (p["targets"], p["sampled"], p["advantages"])
-        ops.ppo_head(hidden, weight, *rest, denominator=float(len(hidden))).loss.backward()
+        loss = ops.ppo_head(hidden, weight, *rest, denominator=float(len(hidden))).loss
+        loss.backward()  # type: ignore[no-untyped-call]
 
     with backend.using("triton"):
         bench.compare(name, {"orz_async.ops, autograd": step}, flop=flop, repeats=5)
@@ -189,7 +204,9 @@ def products(bench: Bench) -> None:
         "dX = E @ W": lambda: product(logits, weight, x),
         "dW -= E.T @ X": lambda: subtract_product(w, logits.t(), hidden, first=False),
     }
-    bench.compare("products", {"z block": lambda: product(hidden, weight[:block].t(), z)}, flop=2.0 * rows * block * width)
+    bench.compare(
+        "products", {"z block": lambda: product(hidden, weight[:block].t(), z)}, flop=2.0 * rows * block * width
+    )
     bench.compare("products", thunks, flop=2.0 * rows * vocab * width)
 
 
@@ -213,7 +230,9 @@ def head_logprob(bench: Bench) -> None:
     flop = 2.0 * rows * vocab * width
     bench.compare("head_logprob forward", {"triton": lambda: triton.head_logprob_forward(*args, 1.0, None)}, flop=flop)
     back = (out[2], out[1], g, None, 1.0, None, True, True)
-    bench.compare("head_logprob backward", {"triton": lambda: triton.head_logprob_backward(*args, *back)}, flop=3 * flop)
+    bench.compare(
+        "head_logprob backward", {"triton": lambda: triton.head_logprob_backward(*args, *back)}, flop=3 * flop
+    )
 
 
 SECTIONS: dict[str, tuple[Callable[[Bench], None], ...]] = {"head": (check, products, ppo_head, head_logprob)}

@@ -1,7 +1,8 @@
-"""How a GPU op is measured: checked first, timed by events in turn with its peers, and held against measured ceilings."""
+"""How a GPU op is measured: checked first, timed by events in turn with its peers, held against measured ceilings."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -48,7 +49,7 @@ class Bench:
             return
         try:
             yield
-        except Exception:  # noqa: BLE001  see above
+        except Exception:
             self.problem(what, traceback.format_exc(limit=4))
 
     def problem(self, what: str, text: str) -> None:
@@ -73,21 +74,28 @@ class Bench:
             started = time.perf_counter()
             thunk()
             return (time.perf_counter() - started) * 1e3 / calls
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         thunk()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / calls
+        return float(begin.elapsed_time(end)) / calls
 
     def compare(
-        self, name: str, variants: Mapping[str, Thunk], *, flop: float = 0.0, moved: float = 0.0, repeats: int = 15, calls: int = 1
+        self,
+        name: str,
+        variants: Mapping[str, Thunk],
+        *,
+        flop: float = 0.0,
+        moved: float = 0.0,
+        repeats: int = 15,
+        calls: int = 1,
     ) -> dict[str, float]:
-        """Median milliseconds of each variant, A B C A B C ...; each makes `calls` calls of `flop` and `moved` bytes."""
+        """Median milliseconds of each variant, in turn; each makes `calls` calls of `flop` and `moved` bytes."""
         alive: dict[str, Thunk] = {}
         for variant, thunk in variants.items():
             with self.guarded(f"{name} {variant}"):
-                for _ in range(1 if self.dry else 3):
+                for _ in range(0 if self.dry else 3):
                     thunk()
                 self.synchronize()
                 alive[variant] = thunk
@@ -95,7 +103,7 @@ class Bench:
         for _ in range(1 if self.dry else repeats):
             for variant, thunk in alive.items():
                 times[variant].append(self.once(thunk, calls))
-        return {variant: self._report(name, variant, values, flop, moved) for variant, values in times.items()}
+        return {k: self._report(name, k, values, flop, moved) for k, values in times.items()}
 
     def _report(self, name: str, variant: str, values: list[float], flop: float, moved: float) -> float:
         median = statistics.median(values)
@@ -106,6 +114,8 @@ class Bench:
         if moved:
             notes["tbs"] = moved / median / 1e9
             notes["percent_of_copy"] = 100 * notes["tbs"] / self.copy_tbs
+        # The ceilings themselves have none, and JSON has no NaN.
+        notes = {k: v for k, v in notes.items() if math.isfinite(v)}
         self.rows.append(row(name, variant, "ms", values, flop=flop, bytes=moved, **notes))
         text = "  ".join(f"{k} {v:.4g}" for k, v in notes.items())
         print(f"  {name:<34} {variant:<26} {median:>10.4f} ms  {text}", flush=True)
@@ -118,7 +128,7 @@ class Bench:
         """
         if self.dry:
             return lambda: [call() for call in calls]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:
@@ -127,7 +137,12 @@ class Bench:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
-        return lambda: (graph.replay(), kept)
+
+        def replay() -> object:
+            graph.replay()
+            return kept
+
+        return replay
 
     def peak(self, name: str, variant: str, thunk: Thunk) -> None:
         """Gigabytes of device memory that a call takes beyond what is there before it."""
@@ -140,12 +155,12 @@ class Bench:
         thunk()
         self.synchronize()
         taken = (torch.cuda.max_memory_allocated() - before) / 1e9
-        print(f"  {name:<34} {variant:<26} {taken:>10.3f} GB beyond its inputs", flush=True)
+        print(f"  {name:<34} {variant:<26} {taken:>10.3f} GB more", flush=True)
         self.rows.append(row(name, variant, "GB", [taken]))
 
     def compiled(self, function: Callable[..., object]) -> Callable[..., object]:
-        """torch.compile; in a dry run without its code generator, which would cost the minute the test has."""
-        return torch.compile(function, backend="eager") if self.dry else torch.compile(function)
+        """torch.compile; in a dry run the function itself, since importing the compiler alone takes seconds."""
+        return function if self.dry else torch.compile(function)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -1,8 +1,8 @@
 """What asynchrony buys: the same recipe, code and placement at S = 0, 1, 2, in turn.
 
 At S = 0 a generator waits for the weights of the step before, and the learner for the generators: their times add up.
-At S >= 1 the slower side alone decides. The limit of the speed-up is (t_generate + t_learn) / max(t_generate, t_learn), with both
-times measured in the S = 0 run: the time each side was not waiting.
+At S >= 1 the slower side alone decides. The limit of the speed-up is (t_generate + t_learn) / max(t_generate, t_learn),
+with both times measured in the S = 0 run: the time each side was not waiting.
 """
 
 from __future__ import annotations

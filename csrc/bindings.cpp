@@ -15,6 +15,7 @@
 #include "cpu/delta.h"
 #include "cpu/dispatch.h"
 #include "cpu/gae.h"
+#include "cpu/loss.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "cpu/softmax.h"
@@ -98,12 +99,15 @@ void gae(const py::buffer& rewards, const py::buffer& values, const py::buffer& 
   orz::gae(args);
 }
 
-orz::Packed pack(const std::vector<int64_t>& lengths, int64_t max_tokens, int64_t num_ranks,
-                 std::pair<double, double> cost) {
+orz::Packed pack(const py::buffer& lengths, int64_t max_tokens, int64_t num_ranks, std::pair<double, double> cost) {
   if (max_tokens < 1) throw std::invalid_argument("max_tokens: expected at least 1, found " + std::to_string(max_tokens));
   if (num_ranks < 1) throw std::invalid_argument("num_ranks: expected at least 1, found " + std::to_string(num_ranks));
+  const View view(lengths, "lengths");
+  const size_t count = view.bytes() / sizeof(int64_t);
+  const int64_t* data = view.array<int64_t>(count);
   const py::gil_scoped_release release;
-  return orz::pack(lengths, max_tokens, static_cast<size_t>(num_ranks), cost.first, cost.second);
+  return orz::pack(std::vector<int64_t>(data, data + count), max_tokens, static_cast<size_t>(num_ranks), cost.first,
+                   cost.second);
 }
 
 template <typename Word>
@@ -224,6 +228,77 @@ void softmax_backward(const py::buffer& logits, const py::buffer& targets, float
                        [&](size_t begin, size_t end) { orz::softmax::backward(args, begin, end); });
 }
 
+// A float32 vector of `count` elements, or null where None came.
+const float* optional_floats(const std::optional<py::buffer>& buffer, std::optional<View>& view, const char* name,
+                             size_t count) {
+  if (!buffer) return nullptr;
+  view.emplace(*buffer, name);
+  return view->array<float>(count);
+}
+
+const uint8_t* optional_mask(const std::optional<py::buffer>& buffer, std::optional<View>& view, size_t count) {
+  if (!buffer) return nullptr;
+  view.emplace(*buffer, "mask");
+  return view->array<uint8_t>(count);
+}
+
+// One number, or one for each token.
+bool is_per_token(const View& denominator, size_t count) {
+  if (denominator.bytes() == sizeof(float)) return false;
+  denominator.array<float>(count);
+  return true;
+}
+
+void policy_loss(const py::buffer& logprobs, const py::buffer& sampled, const py::buffer& advantages,
+                 const std::optional<py::buffer>& proximal, const std::optional<py::buffer>& entropy,
+                 const std::optional<py::buffer>& mask, const py::buffer& denominator, float lowest, float highest,
+                 float dual, float cap, const py::buffer& slopes, const py::buffer& stats) {
+  const View current_view(logprobs, "logprobs"), sampled_view(sampled, "sampled"), advantages_view(advantages, "advantages");
+  const View denominator_view(denominator, "denominator"), slopes_view(slopes, "slopes", true), stats_view(stats, "stats", true);
+  std::optional<View> proximal_view, entropy_view, mask_view;
+  const size_t count = current_view.bytes() / sizeof(float);
+  const orz::PolicyLoss loss{
+      current_view.array<float>(count),
+      sampled_view.array<float>(count),
+      advantages_view.array<float>(count),
+      optional_floats(proximal, proximal_view, "proximal", count),
+      optional_floats(entropy, entropy_view, "entropy", count),
+      optional_mask(mask, mask_view, count),
+      reinterpret_cast<const float*>(denominator_view.data()),
+      is_per_token(denominator_view, count),
+      lowest,
+      highest,
+      dual,
+      cap,
+  };
+  auto* out = slopes_view.array<float>(count);
+  auto* sums = stats_view.array<double>(orz::PolicyLoss::Stats::FIELDS);
+  const py::gil_scoped_release release;
+  orz::run_loss(loss, static_cast<int64_t>(count), out, sums);
+}
+
+void value_loss(const py::buffer& values, const py::buffer& old_values, const py::buffer& returns,
+                const std::optional<py::buffer>& mask, const py::buffer& denominator, float clip,
+                const py::buffer& slopes, const py::buffer& stats) {
+  const View values_view(values, "values"), old_view(old_values, "old_values"), returns_view(returns, "returns");
+  const View denominator_view(denominator, "denominator"), slopes_view(slopes, "slopes", true), stats_view(stats, "stats", true);
+  std::optional<View> mask_view;
+  const size_t count = values_view.bytes() / sizeof(float);
+  const orz::ValueLoss loss{
+      values_view.array<float>(count),
+      old_view.array<float>(count),
+      returns_view.array<float>(count),
+      optional_mask(mask, mask_view, count),
+      reinterpret_cast<const float*>(denominator_view.data()),
+      is_per_token(denominator_view, count),
+      clip,
+  };
+  auto* out = slopes_view.array<float>(count);
+  auto* sums = stats_view.array<double>(orz::ValueLoss::Stats::FIELDS);
+  const py::gil_scoped_release release;
+  orz::run_loss(loss, static_cast<int64_t>(count), out, sums);
+}
+
 std::vector<std::string> features() {
   std::vector<std::string> names;
   if (orz::has_sse42()) names.emplace_back("sse4.2");
@@ -247,5 +322,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("softmax_backward", &softmax_backward, py::arg("logits"), py::arg("targets"), py::arg("scale"),
         py::arg("logsumexp"), py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy").none(true),
         py::arg("grad_logits"), py::arg("threads"));
+  m.def("policy_loss", &policy_loss, py::arg("logprobs"), py::arg("sampled"), py::arg("advantages"),
+        py::arg("proximal").none(true), py::arg("entropy").none(true), py::arg("mask").none(true),
+        py::arg("denominator"), py::arg("lowest"), py::arg("highest"), py::arg("dual"), py::arg("cap"),
+        py::arg("slopes"), py::arg("stats"));
+  m.def("value_loss", &value_loss, py::arg("values"), py::arg("old_values"), py::arg("returns"),
+        py::arg("mask").none(true), py::arg("denominator"), py::arg("clip"), py::arg("slopes"), py::arg("stats"));
   m.def("features", &features);
 }

@@ -22,8 +22,8 @@ def gae(
 ) -> None:
     """float32 [N] buffers, int32 cu_seqlens [B + 1], bool mask [N], float32 bootstrap [B]; fills the last two."""
 
-def pack(lengths: list[int], max_tokens: int, num_ranks: int, cost: tuple[float, float]) -> list[list[list[int]]]:
-    """As orz_async.ops.pack, without its checks of types."""
+def pack(lengths: Buffer, max_tokens: int, num_ranks: int, cost: tuple[float, float]) -> list[list[list[int]]]:
+    """As orz_async.ops.pack, of int64 lengths."""
 
 def delta_encode(new: Buffer, old: Buffer, word_bytes: int, threads: int) -> bytes:
     """What turns `old` into `new`, words of 2 or 4 bytes; the layout is in orz_async/ops/reference/delta.py."""
@@ -57,6 +57,36 @@ def softmax_backward(
     threads: int,
 ) -> None:
     """Fills `grad_logits`, which may be `logits`."""
+
+def policy_loss(
+    logprobs: Buffer,
+    sampled: Buffer,
+    advantages: Buffer,
+    proximal: Buffer | None,
+    entropy: Buffer | None,
+    mask: Buffer | None,
+    denominator: Buffer,
+    lowest: float,
+    highest: float,
+    dual: float,
+    cap: float,
+    slopes: Buffer,
+    stats: Buffer,
+) -> None:
+    """float32 [N], a bool mask, `denominator` [1] or [N], the bounds of the ratio (infinity for none); fills `slopes`,
+    the derivatives, and `stats`, float64, in the order of ops.stats.PPO_FIELDS."""
+
+def value_loss(
+    values: Buffer,
+    old_values: Buffer,
+    returns: Buffer,
+    mask: Buffer | None,
+    denominator: Buffer,
+    clip: float,
+    slopes: Buffer,
+    stats: Buffer,
+) -> None:
+    """As policy_loss; `stats` in the order of ops.stats.VALUE_FIELDS."""
 
 def features() -> list[str]:
     """Instruction sets this build uses on this machine."""

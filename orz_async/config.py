@@ -1,4 +1,4 @@
-"""The complete configuration of a run: frozen dataclasses, checked where they are built, no defaults from the environment.
+"""The complete configuration of a run: frozen dataclasses, checked where they are built, nothing from the environment.
 
 Times are in seconds, sizes in tokens unless the name says otherwise.
 """
@@ -118,6 +118,8 @@ class LearnerConfig:
     critic_lr: float = 5e-6
     warmup_steps: int = 50
     """Learner steps over which both learning rates rise linearly from 0."""
+    lr_final: float = 1.0
+    """Fraction of both learning rates that is left at the end of the run, falling linearly; 1 keeps them constant."""
     policy_steps: int = 1
     """P: optimizer steps of the policy over the rollouts of one learner step."""
     critic_steps: int = 12
@@ -141,7 +143,7 @@ class LearnerConfig:
     threads: int = 1
     """CPU threads of one learner rank."""
     audit_rollouts: int = 4
-    """Rollouts a step whose log-probs are recomputed under the very versions that sampled them. 0: only lag 0 is compared."""
+    """Rollouts a step whose log-probs are recomputed under the versions that sampled them; 0 compares lag 0 only."""
     mismatch_warn: float = 1e-2
     """Largest |learner - engine| log-prob at equal weights that passes without a warning."""
     mismatch_stop: float | None = None
@@ -152,7 +154,7 @@ class LearnerConfig:
             _require(getattr(self, name) >= 0, f"learner.{name} must be at least 0, got {getattr(self, name)}")
         for name in ("policy_steps", "critic_steps", "max_tokens", "threads"):
             _require(getattr(self, name) > 0, f"learner.{name} must be positive, got {getattr(self, name)}")
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "lr_final"):
             _require(0 <= getattr(self, name) <= 1, f"learner.{name} must be in [0, 1], got {getattr(self, name)}")
 
 

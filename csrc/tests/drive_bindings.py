@@ -40,9 +40,21 @@ def main(path: str) -> None:
     refused(core.gae, x, x, cu[:2], 0.9, 0.9, None, None, out[0], out[1])
     refused(core.gae, x, x, cu, 0.9, 0.9, None, None, bytes(400), out[1])
 
-    assert core.pack([3, 4, 5], 8, 2, (1.0, 0.0)) == [[[2]], [[0, 1]]] or core.pack([3, 4, 5], 8, 2, (1.0, 0.0))
-    refused(core.pack, [3], 0, 1, (1.0, 0.0))
-    refused(core.pack, [3], 5, 0, (1.0, 0.0))
+    lengths = np.array([3, 4, 5])
+    packed = core.pack(lengths, 8, 2, (1.0, 0.0))
+    assert sorted(i for rank in packed for microbatch in rank for i in microbatch) == [0, 1, 2]
+    refused(core.pack, lengths, 0, 1, (1.0, 0.0))
+    refused(core.pack, lengths, 5, 0, (1.0, 0.0))
+    refused(core.pack, bytes(9), 5, 1, (1.0, 0.0))
+
+    slopes, sums, one = np.empty(100, np.float32), np.empty(15), np.ones(1, np.float32)
+    core.policy_loss(x, x, x, None, None, None, one, 0.8, 1.2, np.inf, np.inf, slopes, sums)
+    core.policy_loss(x, x, x, x, x, x > 0, x, 0.8, 1.2, 3.0, 1.5, slopes, sums)
+    refused(core.policy_loss, x, x[1:], x, None, None, None, one, 0.8, 1.2, np.inf, np.inf, slopes, sums)
+    refused(core.policy_loss, x, x, x, None, None, None, x[:2], 0.8, 1.2, np.inf, np.inf, slopes, sums)
+    refused(core.policy_loss, x, x, x, None, None, None, one, 0.8, 1.2, np.inf, np.inf, slopes, sums[:14])
+    core.value_loss(x, x, x, x > 0, x, 0.2, slopes, sums[:8])
+    refused(core.value_loss, x, x, x, None, one, 0.2, slopes, sums)
 
     z, targets = draw.standard_normal((5, 77), dtype=np.float32), draw.integers(0, 77, 5)
     rows = np.empty((4, 5), np.float32)

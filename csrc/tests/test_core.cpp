@@ -14,6 +14,7 @@
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/gae.h"
+#include "cpu/loss.h"
 #include "cpu/pack.h"
 #include "cpu/softmax.h"
 
@@ -156,6 +157,34 @@ void test_softmax() {
   CHECK(std::isnan(out[0]));
 }
 
+void test_losses() {
+  Rng rng(7);
+  for (size_t count : {0u, 1u, 511u, 512u, 513u, 3000u}) {
+    const auto current = normal(rng, count), sampled = normal(rng, count), advantages = normal(rng, count);
+    std::vector<uint8_t> mask(count);
+    for (uint8_t& keep : mask) keep = rng() % 3 != 0;
+    const std::vector<float> denominator(1, 2.0f);
+    const orz::PolicyLoss policy{current.data(), sampled.data(),     advantages.data(), nullptr, nullptr,  mask.data(),
+                                 denominator.data(), false, 0.8f, 1.2f, INFINITY, INFINITY};
+    std::vector<float> slopes(count, NAN);
+    std::vector<double> stats(orz::PolicyLoss::Stats::FIELDS, NAN);
+    orz::run_loss(policy, static_cast<int64_t>(count), slopes.data(), stats.data());
+    double loss = 0.0, tokens = 0.0;
+    for (size_t i = 0; i < count; ++i) {
+      const double ratio = std::exp(double{current[i]} - sampled[i]), a = advantages[i];
+      const double clipped = std::min(std::max(ratio, 0.8), 1.2);
+      tokens += mask[i];
+      if (mask[i]) loss -= std::min(ratio * a, clipped * a) / 2.0;
+      CHECK(near(slopes[i], !mask[i] || ratio * a > clipped * a ? 0.0 : -ratio * a / 2.0, 1e-5));
+    }
+    CHECK(stats[0] == tokens && near(stats[orz::kLossField], loss, 1e-5));
+    const orz::ValueLoss value{current.data(), sampled.data(), advantages.data(), nullptr, denominator.data(), false, 0.2f};
+    std::vector<double> sums(orz::ValueLoss::Stats::FIELDS, NAN);
+    orz::run_loss(value, static_cast<int64_t>(count), slopes.data(), sums.data());
+    CHECK(sums[0] == static_cast<double>(count) && std::isfinite(sums[1]));
+  }
+}
+
 template <typename Word>
 std::vector<uint8_t> encode(const std::vector<Word>& fresh, const std::vector<Word>& old, size_t threads) {
   orz::delta::Encoder encoder(fresh.data(), old.data(), fresh.size(), threads);
@@ -238,6 +267,7 @@ int main() {
   test_gae();
   test_pack();
   test_softmax();
+  test_losses();
   test_delta_round_trips<uint16_t>();
   test_delta_round_trips<uint32_t>();
   test_delta_against_forgeries();

@@ -7,7 +7,7 @@ With X_t what the tokens after t hand back to it,
 
 so X_{t-1} = a * X_t + b is affine in X_t with a = gamma * lam, b = gamma * (1 - lam) * V_t + gamma * lam * r_t. A
 masked token is the identity; after the last token of a sequence X is gamma * bootstrap whatever follows: a = 0. Maps
-compose associatively, and at gamma = lam = 1 no value enters a sum: the result is exactly "rewards to come, minus value".
+compose associatively. At gamma = lam = 1 no value enters a sum: the result is exactly "rewards to come, minus value".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orz_kernels.launching import as_bytes, cdiv, launch, optional, pick
 from orz_kernels.registry import register
 from orz_kernels.whiten import block_moments, merge_moments
 
-BLOCK = pick(2048, 8192)
+BLOCK = pick(2048, 1024)
 SPAN = 128  # block aggregates one step of the carry reads
 
 

@@ -2,7 +2,7 @@
 """The LM head, shared by `ppo_head` and `head_logprob`: chunks of rows, tiles of logits, products for the gradients.
 
 Two ways to make the tiles of a chunk. `fused`: one Triton kernel multiplies and keeps the logits in registers.
-`library`: the library multiplies into float32, a block of the vocabulary at a time, and a second kernel reads that once.
+`library`: the library multiplies into float32, a block of the vocabulary at a time, and a second kernel reads it once.
 The products for the gradients are the library's either way: they are plain, and nothing beats it at them.
 """
 

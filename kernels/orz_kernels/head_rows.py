@@ -14,11 +14,11 @@ from torch import Tensor
 from orz_kernels.head_tiles import EXP, GRAD, PARTIALS, SUM
 from orz_kernels.launching import LN2, LOG2E, TL_DTYPES, cdiv, launch, optional, pick, rounded
 
-COMBINE_ROWS = pick(32, 4096)
+COMBINE_ROWS = pick(32, 256)
 COMBINE_TILES = 16
 # One row a program on the GPU: rows are long, and there are thousands.
 ROWS = pick(1, 256)
-WIDTH = pick(1024, 1024)
+WIDTH = pick(1024, 64)
 RESCALE_BLOCK = pick(1024, 4096)
 
 _GRAD = tl.constexpr(GRAD)

@@ -58,7 +58,7 @@ def tile_epilogue(
     z, column, y, left, reference, slope, spread, entropy, scale2,
     MODE: tl.constexpr, SPREAD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The stored tile, and k, s, u, o by row. Columns and targets y count from the tile's first; `left` columns exist."""
+    """The stored tile, and k, s, u, o by row. Columns and y count from the tile's first; `left` columns exist."""
     apart = (column[None, :] == y[:, None]) | (column[None, :] >= left)
     z = tl.where(apart, LOWEST, z)
     if MODE == _GRAD:

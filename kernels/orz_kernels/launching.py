@@ -15,7 +15,8 @@ from torch import Tensor
 
 # Read once, as Triton itself does when it decorates a kernel: kernels then run on CPU tensors, in numpy.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter truncates float32 to bfloat16 and multiplies bfloat16 matrices wrongly; kernels ask this to do it by hand.
+# The interpreter truncates float32 to bfloat16 and multiplies bfloat16 matrices wrongly; where this is set kernels
+# do both by hand.
 INTERPRET = tl.constexpr(INTERPRETED)
 
 LOG2E = 1.4426950408889634

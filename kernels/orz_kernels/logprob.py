@@ -140,9 +140,10 @@ def logprob_backward(
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits, in their own dtype and, if `in_place`, in their own storage."""
     if not in_place:
-        return logprob_backward_apart(
+        apart: Tensor = logprob_backward_apart(
             logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature
         )
+        return apart
     logprob_backward_in_place(
         logits_NV, targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N, temperature
     )

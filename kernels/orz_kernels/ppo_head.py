@@ -2,13 +2,13 @@
 """LM head, log-prob, PPO loss, statistics and gradients in one pass: 6TVH operations, no logits kept or made twice.
 
 A token's gradient with respect to its logits is slope / tau * (onehot - p), and slope depends on nothing but its own
-log-prob, sampled log-prob and advantage. With E = exp(z - reference), S its sum and f = slope / (tau * S), the gradients are
+log-prob, sampled log-prob and advantage. With E = exp(z - reference), S its sum and f = slope / (tau * S),
 
     dX = f * (o * W[y] - E @ W)            dW = onehot.T @ (o * f * X) - E.T @ (f * X)
 
-where E[y] is left out and o is the sum of the *stored* others, so that rounding cannot push a row of dz off its zero sum:
-what all rows of W have in common would leak into dX otherwise. No value is read back to the host, except the number of
-rows that a mask keeps.
+where E[y] is left out and o is the sum of the *stored* others, so that rounding cannot push a row of dz off its zero
+sum: what all rows of W have in common would leak into dX otherwise. No value is read back to the host, except the
+number of rows that a mask keeps.
 """
 
 from __future__ import annotations

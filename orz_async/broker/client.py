@@ -41,7 +41,8 @@ class Phase(Enum):
 
 class BrokerClient:
     """Each Welcome that `poll` returns marks a new connection (or a damaged frame): send the results again that were
-    not acknowledged. If `epoch` differs from before, the learner was restarted and all earlier leases are void.
+    not acknowledged; do so too for those that wait for long. If `epoch` differs from before, the learner was
+    restarted and all earlier leases are void.
     """
 
     def __init__(self, address: str, hello: Hello, *, reconnect_s: float, events: EventLog) -> None:

@@ -149,9 +149,8 @@ class Ledger:
             ref = progress.lease
             rollout = peer.held.get((ref.kind, ref.rollout))
             if rollout is None or rollout.attempt != ref.attempt:
-                if self._accepted_attempt(ref) == ref.attempt:
-                    self._out.append(Send(peer.name, Ack(ref)))
-                else:
+                # The acknowledgement of an accepted one is under way; if it got lost the result comes again.
+                if self._accepted_attempt(ref) != ref.attempt:
                     void.append(ref)
                 continue
             listed.add((ref.kind, ref.rollout))

@@ -19,7 +19,7 @@ from orz_async.config import GeneratorConfig
 from orz_async.errors import ConfigError, ModelError, PeerLostError
 from orz_async.generator.daemon import Daemon
 from orz_async.generator.ports import GradeKey
-from orz_async.generator.serving import make_serving
+from orz_async.generator.serving import make_serving, preload
 from orz_async.observe.events import EventLog
 from orz_async.observe.process import run_main
 from orz_async.reward.pool import GraderPool
@@ -116,6 +116,8 @@ def address_of(options: argparse.Namespace) -> str:
         raise ConfigError("expected --connect tcp://HOST:PORT or --run-dir DIR, found neither; the learner prints both")
     path = Path(options.run_dir) / "address"
     deadline = time.monotonic() + options.reconnect_s
+    if not path.is_file():
+        preload()
     while not path.is_file():
         if time.monotonic() > deadline:
             raise PeerLostError(f"expected a learner to write {path} within {options.reconnect_s:g} s; is it running?")

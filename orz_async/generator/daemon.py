@@ -36,6 +36,8 @@ _SOON_S = 0.002
 """Longest sleep while weights or a verdict are on their way: they do not wake the poll."""
 _JOINING_S = 0.1
 """The same while nothing but a Welcome is expected, so that a signal is seen."""
+_SAME_REQUEST_S = 0.5
+"""Signals closer than this are one: `timeout` and some shells send theirs to a process and to its group."""
 _SILENT_HEARTBEATS = 3
 """After so many without a word the generator is said to wait for the learner, not for leases."""
 
@@ -94,6 +96,7 @@ class Daemon:
         self._status_due = 0.0
         self._drain_until = 0.0
         self._stop_requests = 0
+        self._stop_requested = float("-inf")
 
     @property
     def state(self) -> State:
@@ -101,7 +104,10 @@ class Daemon:
 
     def request_stop(self) -> None:
         """What a signal does: drain; the second time, leave at once."""
-        self._stop_requests += 1
+        now = self._clock()
+        if now - self._stop_requested >= _SAME_REQUEST_S:
+            self._stop_requests += 1
+        self._stop_requested = now
 
     def run(self) -> None:
         self._timeline.start()
@@ -224,8 +230,6 @@ class Daemon:
         self._client.hello = msgspec.structs.replace(self._client.hello, vocab_size=serving.engine.vocab_size)
         return serving
 
-    # Weights.
-
     def _swap_weights(self, weights: IncomingWeights) -> None:
         snapshot = weights.take(is_evaluating=self._work.is_evaluating)
         if snapshot is None:
@@ -253,8 +257,6 @@ class Daemon:
                 f"weights of version {snapshot.version} have the digest {snapshot.digest}, the engine serves {digest}: "
                 "learner and generator do not hold the same model; give both the same model directory"
             )
-
-    # Reports.
 
     def _report(self, weights: IncomingWeights) -> None:
         assert self._welcome is not None and self._work.serving is not None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 from orz_async.broker.messages import Welcome
 from orz_async.config import GeneratorConfig
 from orz_async.data.tokenizer import load_tokenizer
 from orz_async.errors import ConfigError
 from orz_async.generator.ports import Serving
+
+
+def preload() -> None:
+    """Import what the engine needs, which takes seconds that are free while the learner starts."""
+    importlib.import_module("orz_async.generator.transformers_engine")
 
 
 def make_serving(

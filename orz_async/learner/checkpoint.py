@@ -89,10 +89,7 @@ def save(trainer: Trainer, *, run_dir: Path, identity: Identity, ledger: bytes) 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _write(temporary, trainer, identity, ledger)
-        if final.exists():
-            # The same step of an earlier epoch: what it holds is about to be replaced by its equal.
-            _discard(final)
-        temporary.rename(final)
+        _move(temporary, final)
         sync_directory(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -153,11 +150,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _move(temporary: Path, final: Path) -> None:
+    """The commit. A checkpoint of the same step, which a resumed run may find there, gives way only to its equal."""
+    doomed = _aside(final) if final.exists() else None
+    temporary.rename(final)
+    if doomed is not None:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _discard(path: Path) -> None:
     """Renamed first, so that a directory half deleted never has the name of a checkpoint."""
-    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.rename(path.with_name(f".removing-{path.name}-{os.getpid()}"))
 
 
 def _prune(root: Path, keep: int) -> None:

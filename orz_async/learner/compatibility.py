@@ -9,21 +9,24 @@ from orz_async.errors import CheckpointError
 from orz_async.learner.checkpoint import Found, plain
 
 _FREE = (
-    *("run_dir", "steps", "generator", "eval", "checkpoint"),
+    *("run_dir", "steps", "generator", "eval", "checkpoint", "journal"),
     *("model.path", "broker.bind", "broker.lease_s", "broker.heartbeat_s", "broker.max_attempts"),
     *("broker.wait_generators_s", "learner.threads", "learner.audit_rollouts"),
     *("learner.mismatch_warn", "learner.mismatch_stop", "learner.max_tokens"),
 )
 """Settings and whole sections that change speed, place or what is reported. `max_tokens` changes rounding only, unless
-losses are averaged by pack."""
+losses are averaged by pack; `steps` only the end, unless learning rates fall towards it."""
 
 
 def changes(found: Found, config: Config) -> list[str]:
     """Sentences for the harmless differences; CheckpointError for the others."""
-    before, now = _flat(found.manifest.config), _flat(plain(config))
+    # A setting that is younger than the checkpoint had its default, whatever it was called then.
+    before, now = _flat(plain(Config())) | _flat(found.manifest.config), _flat(plain(config))
     differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    by_pack = config.learner.loss_aggregation == "pack"
-    free = [name for name in _FREE if not (by_pack and name == "learner.max_tokens")]
+    learner = config.learner
+    bound = {"learner.max_tokens"} if learner.loss_aggregation == "pack" else set()
+    bound |= {"steps"} if learner.lr_final != 1.0 else set()
+    free = [name for name in _FREE if name not in bound]
     fixed = [name for name in differing if not any(name == f or name.startswith(f"{f}.") for f in free)]
     if fixed:
         told = "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in fixed)

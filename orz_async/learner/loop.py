@@ -42,10 +42,13 @@ class Learner:
         self.services = services
         self._saved_step = -1 if trainer.num_steps == 0 else trainer.num_steps
         self._evaluating: list[int] = []
+        self._reported: dict[str, float] = {}
 
     def run(self) -> None:
         """All steps that are left. Errors of the update itself are raised on every rank, and nobody is told; in any
         other case the others are between two messages, and are let go."""
+        self.services.timeline.enter("other")
+        self._reported = self.services.timeline.totals()
         try:
             self.publish(self.trainer.num_steps)
             while self.trainer.num_steps < self.config.steps:
@@ -74,8 +77,8 @@ class Learner:
     def learn(self, trajectories: list[Trajectory]) -> None:
         """One learner step, its weights on their way before the critic trains."""
         timeline, trainer = self.services.timeline, self.trainer
-        trainer.world.send(Command.LEARN, encode_rollouts(trajectories))
-        before = timeline.totals()
+        if trainer.world.size > 1:
+            trainer.world.send(Command.LEARN, encode_rollouts(trajectories))
         with timeline.state("values"):
             step = trainer.begin(trajectories)
         with timeline.state("policy"):
@@ -85,12 +88,17 @@ class Learner:
             critic = trainer.update_critic(step)
         with timeline.state("audit"):
             self.auditor.audit(step.batch, table)
-        seconds = {name: total - before.get(name, 0.0) for name, total in timeline.totals().items()}
-        spent = {name: s for name, s in seconds.items() if s > 0}
+        seconds = self._seconds()
         self.services.events.emit(
-            "step", **step_fields(step, policy, table, critic), seconds=spent, step_s=sum(spent.values())
+            "step", **step_fields(step, policy, table, critic), seconds=seconds, step_s=sum(seconds.values())
         )
         self.check_mismatch(table)
+
+    def _seconds(self) -> dict[str, float]:
+        """By state, since the last step was reported: what was waited for is part of a step."""
+        before, self._reported = self._reported, self.services.timeline.totals()
+        spent = {state: total - before.get(state, 0.0) for state, total in self._reported.items()}
+        return {state: seconds for state, seconds in spent.items() if seconds > 0}
 
     def publish(self, version: int) -> None:
         """Offer the policy as it is. At a first version the others are not in `learn` and are told to gather."""

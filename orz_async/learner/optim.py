@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,19 @@ from orz_async.learner.parallel import full_tensor, like
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def warmed_up(lr: float, step: int, warmup_steps: int) -> float:
-    """Learning rate of learner step `step` (from 0): linear up to `lr` at step `warmup_steps` - 1, then constant."""
-    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Learning rate by learner step, from 0: linear up to `lr` at step `warmup_steps` - 1, and on the whole run linear
+    down towards `final` times that; 1 keeps it constant."""
+
+    lr: float
+    warmup_steps: int
+    final: float
+    num_steps: int
+
+    def at(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * warm * (1.0 - (1.0 - self.final) * step / self.num_steps)
 
 
 class Optimizer:
@@ -28,19 +39,17 @@ class Optimizer:
         name: str,
         module: nn.Module,
         *,
-        lr: float,
-        warmup_steps: int,
+        schedule: Schedule,
         betas: tuple[float, float],
         weight_decay: float,
         grad_clip: float,
     ) -> None:
         self.name = name
-        self.lr = lr
-        self._warmup_steps = warmup_steps
+        self.schedule = schedule
         self._grad_clip = grad_clip
         self._named = dict(module.named_parameters())
         self._adam = torch.optim.AdamW(
-            list(self._named.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+            list(self._named.values()), lr=schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
         )
 
     def step(self, learner_step: int, loss: float) -> float:
@@ -60,7 +69,7 @@ class Optimizer:
         if grad_norm > self._grad_clip:
             clip_grads_with_norm_(list(self._named.values()), self._grad_clip, norm)
         for group in self._adam.param_groups:
-            group["lr"] = warmed_up(self.lr, learner_step, self._warmup_steps)
+            group["lr"] = self.schedule.at(learner_step)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return grad_norm

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def start(config: Config) -> None:
-    """One rank of a run, from start or checkpoint to its end."""
+    """One rank of a run, from start or checkpoint to its end. All ranks see the same run_dir and model.path."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(config.learner.threads)
     run_dir = Path(config.run_dir)
@@ -44,21 +44,22 @@ def start(config: Config) -> None:
         stop = stack.enter_context(Stop().installed())
         world = World.start(need_group=config.model.dtype != "float32")
         stack.callback(world.close)
+        if world.is_first:
+            stack.enter_context(lock(checkpoint.folder(run_dir)))
         events = EventLog(run_dir / "events" / f"learner-{world.rank}.jsonl", f"learner-{world.rank}")
         stack.callback(events.close)
         timeline = Timeline(events, f"learner-{world.rank}")
         timeline.start()
         stack.callback(timeline.close)
         if world.is_first:
-            _lead(config, world, stack, stop, events, timeline)
+            _lead(config, world, stop, events, timeline)
         else:
             _follow(config, world, timeline)
 
 
-def _lead(config: Config, world: World, stack: ExitStack, stop: Stop, events: EventLog, timeline: Timeline) -> None:
+def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: Timeline) -> None:
     """Rank 0: the broker, the weights and the decisions."""
     run_dir = Path(config.run_dir)
-    stack.enter_context(lock(checkpoint.folder(run_dir)))
     found = checkpoint.find(run_dir)
     notes = [] if found is None else [*found.damaged, *changes(found, config)]
     _describe(run_dir, config)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from orz_async import ops
-from orz_async.config import Config, LearnerConfig
+from orz_async.config import Config
 from orz_async.errors import NumericError
 from orz_async.learner.advantage import advantages, loss_denominators
 from orz_async.learner.batch import Microbatch, StepBatch, make_microbatch, make_step_batch, pack_part, split
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.model import Critic, Policy, PolicyTerms
-from orz_async.learner.optim import Optimizer, warmed_up
+from orz_async.learner.optim import Optimizer, Schedule
 from orz_async.learner.parallel import World
 from orz_async.records import Trajectory
 
@@ -75,8 +75,8 @@ class Trainer:
         dtype = getattr(torch, config.model.dtype)
         for module in (policy, critic):
             world.shard(module, module.layers, dtype=dtype)
-        self.policy_optimizer = _optimizer("policy", policy, config.learner, config.learner.lr)
-        self.critic_optimizer = _optimizer("critic", critic, config.learner, config.learner.critic_lr)
+        self.policy_optimizer = _optimizer("policy", policy, config, config.learner.lr)
+        self.critic_optimizer = _optimizer("critic", critic, config, config.learner.critic_lr)
 
     @cached_property
     def _attention_cost(self) -> float:
@@ -108,7 +108,7 @@ class Trainer:
         learner = self.config.learner
         decoupled = learner.objective == "decoupled"
         proximal_R = self._logprobs(step) if decoupled and learner.policy_steps > 1 else None
-        report, rows = UpdateReport(lr=warmed_up(learner.lr, self.num_steps, learner.warmup_steps)), []
+        report, rows = UpdateReport(lr=self.policy_optimizer.schedule.at(self.num_steps)), []
         table = LagTable(self.config.broker.max_lag)
         for index, part in enumerate(self._rounds(step, learner.policy_steps, _POLICY)):
             loss = torch.zeros((), dtype=torch.float64)
@@ -137,7 +137,7 @@ class Trainer:
     def update_critic(self, step: Step) -> UpdateReport:
         """K optimizer steps over one K-th of the rollouts each; completes the learner step."""
         learner = self.config.learner
-        report, rows = UpdateReport(lr=warmed_up(learner.critic_lr, self.num_steps, learner.warmup_steps)), []
+        report, rows = UpdateReport(lr=self.critic_optimizer.schedule.at(self.num_steps)), []
         for part in self._rounds(step, learner.critic_steps, _CRITIC):
             loss = torch.zeros((), dtype=torch.float64)
             for micro in part.microbatches:
@@ -223,12 +223,12 @@ def _finite(x: Tensor, learner_step: int) -> Tensor:
     return x
 
 
-def _optimizer(name: str, module: torch.nn.Module, learner: LearnerConfig, lr: float) -> Optimizer:
+def _optimizer(name: str, module: torch.nn.Module, config: Config, lr: float) -> Optimizer:
+    learner = config.learner
     return Optimizer(
         name,
         module,
-        lr=lr,
-        warmup_steps=learner.warmup_steps,
+        schedule=Schedule(lr, learner.warmup_steps, learner.lr_final, config.steps),
         betas=learner.adam_betas,
         weight_decay=learner.weight_decay,
         grad_clip=learner.grad_clip,

@@ -6,6 +6,7 @@ to the reference: it is the oracle, not a way to train.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from orz_async import _C
 from orz_async.ops import reference
-from orz_async.ops.reference import head, moments, ppo_loss, value_loss, whiten
+from orz_async.ops.reference import head, moments, whiten
+from orz_async.ops.stats import PPO_FIELDS, VALUE_FIELDS
 
 __all__ = [
     "delta_apply",
@@ -58,6 +60,73 @@ def gae(
         returns_N.numpy(),
     )
     return advantages_N, returns_N
+
+
+def _floats(x_N: Tensor) -> NDArray[Any]:
+    return x_N.detach().float().numpy()
+
+
+def _maybe(x_N: Tensor | None) -> NDArray[Any] | None:
+    return None if x_N is None else _floats(x_N)
+
+
+def ppo_loss(
+    logprobs_N: Tensor,
+    sampled_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    proximal_logprobs_N: Tensor | None,
+    entropy_N: Tensor | None,
+    mask_N: Tensor | None,
+    denominator: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    behaviour_cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logprobs_N.dtype == torch.float64:
+        return reference.ppo_loss(
+            *(logprobs_N, sampled_logprobs_N, advantages_N, proximal_logprobs_N, entropy_N, mask_N, denominator),
+            *(clip_low, clip_high, dual_clip, behaviour_cap),
+        )
+    slope_N, stats = torch.empty(len(logprobs_N)), torch.empty(len(PPO_FIELDS), dtype=torch.float64)
+    bounds = (1 - clip_low, 1 + clip_high, dual_clip or math.inf, behaviour_cap or math.inf)
+    _C.policy_loss(
+        _floats(logprobs_N),
+        _floats(sampled_logprobs_N),
+        _floats(advantages_N),
+        _maybe(proximal_logprobs_N),
+        _maybe(entropy_N),
+        None if mask_N is None else mask_N.numpy(),
+        _floats(denominator),
+        *bounds,
+        slope_N.numpy(),
+        stats.numpy(),
+    )
+    return stats[PPO_FIELDS.index("loss")].float(), slope_N, stats
+
+
+def value_loss(
+    values_N: Tensor,
+    old_values_N: Tensor,
+    returns_N: Tensor,
+    mask_N: Tensor | None,
+    denominator: Tensor,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if values_N.dtype == torch.float64:
+        return reference.value_loss(values_N, old_values_N, returns_N, mask_N, denominator, clip)
+    slope_N, stats = torch.empty(len(values_N)), torch.empty(len(VALUE_FIELDS), dtype=torch.float64)
+    _C.value_loss(
+        _floats(values_N),
+        _floats(old_values_N),
+        _floats(returns_N),
+        None if mask_N is None else mask_N.numpy(),
+        _floats(denominator),
+        clip or math.inf,
+        slope_N.numpy(),
+        stats.numpy(),
+    )
+    return stats[VALUE_FIELDS.index("loss")].float(), slope_N, stats
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor, temperature: float, consume: bool) -> head.Softmax:
@@ -110,7 +179,7 @@ def _gradient(
     return None
 
 
-CPP = head.RowMath(_softmax, _gradient)
+CPP = head.RowMath(_softmax, _gradient, ppo_loss)
 logprob_forward = partial(head.logprob_forward, math=CPP)
 logprob_backward = partial(head.logprob_backward, math=CPP)
 head_logprob_forward = partial(head.head_logprob_forward, math=CPP)

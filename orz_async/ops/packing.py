@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from orz_async.ops import backend, checks
 
 
@@ -21,9 +23,12 @@ def pack(
     for name, x in zip(("cost[0]", "cost[1]"), cost, strict=True):
         checks.number(name, x, 0.0, 1e12)
     checks.require(sum(cost) > 0, "cost", "at least one positive number", cost)
-    lengths = [int(n) for n in lengths_B]
-    if lengths:
-        checks.require(min(lengths) > 0, "lengths_B", "positive lengths", min(lengths))
-        checks.require(max(lengths) < 2**31, "lengths_B", "lengths below 2^31", max(lengths))
+    lengths = np.asarray(lengths_B)
+    if lengths.size:
+        checks.require(lengths.ndim == 1, "lengths_B", "one dimension", f"{lengths.ndim}")
+        checks.require(lengths.dtype.kind in "iu", "lengths_B", "whole numbers", lengths.dtype)
+        checks.require(int(lengths.min()) > 0, "lengths_B", "positive lengths", lengths.min())
+        checks.require(int(lengths.max()) < 2**31, "lengths_B", "lengths below 2^31", lengths.max())
+    lengths = np.ascontiguousarray(lengths, np.int64)
     packed: list[list[list[int]]] = backend.selected().host.pack(lengths, max_tokens, num_ranks, (cost[0], cost[1]))
     return packed

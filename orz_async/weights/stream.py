@@ -6,9 +6,11 @@
     publish(v) ──copy──►  State ─► Shelf ─► Payload ◄──Want, Pull──  Download ─► Assembly ──►  poll() -> Snapshot
                                               └──Manifest, Chunk──►     (credits)
 
-Bounds. The publisher holds the newest version, at most one older one that is being read, and one in the making; for
-each fetcher at most SEND_QUEUE chunks. A fetcher holds the version it last completed and the one in the making, and
-asks for CREDITS chunks ahead. Every wait is bounded by a tick, and silence by reconnection with backoff.
+Bounds. The publisher holds the newest version, the one before it until the difference of the two is coded, at most one
+older one that is being read, one waiting its turn and one being copied; the way back to earlier versions takes at most
+half a version; for each fetcher at most SEND_QUEUE chunks are queued. A fetcher holds the version it last completed
+and the one in the making, and asks for CREDITS chunks ahead. Every wait is bounded by a tick, and silence by
+reconnection with backoff.
 
 Trust. A fetcher allocates nothing before `manifest.check`; frames carry a checksum, tensors theirs, and the whole the
 digest of `snapshot.py`. What `poll` returns has passed all three.
@@ -16,5 +18,6 @@ digest of `snapshot.py`. What `poll` returns has passed all three.
 
 from orz_async.weights.fetcher import StreamFetcher
 from orz_async.weights.publisher import StreamPublisher
+from orz_async.weights.relay import Relay
 
-__all__ = ["StreamFetcher", "StreamPublisher"]
+__all__ = ["Relay", "StreamFetcher", "StreamPublisher"]

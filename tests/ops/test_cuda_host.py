@@ -25,7 +25,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     out = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "a C++ compiler: expected g++ or c++ on PATH, found neither"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
     source, headers = ROOT / "tests" / "ops" / "cuda_host.cpp", ROOT / "csrc" / "cuda"
     command = [compiler, *flags, "-static-libubsan", "-shared", "-fPIC", f"-I{headers}", "-o", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
@@ -43,8 +43,8 @@ def real(x: float) -> ctypes.c_float:
 def run_gae(host, rewards, values, starts, gamma, lam, mask, boot, threads):
     out = torch.full((2, len(rewards)), torch.nan)
     host.host_gae(
-        *map(address, (rewards, values, mask, starts, boot)), ctypes.c_int64(len(rewards)), len(starts) - 1, real(gamma),
-        real(gamma * lam), real(gamma * (1 - lam)), threads, address(out[0]), address(out[1]),
+        *map(address, (rewards, values, mask, starts, boot)), ctypes.c_int64(len(rewards)), len(starts) - 1,
+        real(gamma), real(gamma * lam), real(gamma * (1 - lam)), threads, address(out[0]), address(out[1]),
     )  # fmt: skip
     return out
 
@@ -157,7 +157,8 @@ def test_value_loss(host, clip):
 def test_library_opens_without_a_gpu_and_says_what_is_missing(tmp_path):
     """In a process of its own: the runtime decides about devices once."""
     code = (
-        "import sys, pathlib; from orz_kernels import cuda; opened = cuda.library(cuda.build(pathlib.Path(sys.argv[1])));"
+        "import sys, pathlib; from orz_kernels import cuda; built = cuda.build(pathlib.Path(sys.argv[1]));"
+        "opened = cuda.library(built);"
         "print(opened.orz_gae_blocks(5000));"
         "print(opened.orz_cuda_error(opened.orz_gae(*[None] * 8, 5000, 1, 1.0, 1.0, 0.0, None)).decode())"
     )
@@ -166,7 +167,9 @@ def test_library_opens_without_a_gpu_and_says_what_is_missing(tmp_path):
         "PYTHONPATH": str(ROOT / "kernels"),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     blocks, message = done.stdout.splitlines()
     assert blocks == "3"

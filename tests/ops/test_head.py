@@ -260,7 +260,8 @@ def test_ppo_head_in_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_logprob_and_its_gradient(vocabulary: int, in_place: bool) -> None:
     logits = 3 * torch.randn(6, vocabulary)
-    logits[0] = -torch.rand(vocabulary) * 60 - 1
+    # So far below 0 that a maximum which began there would lose every term.
+    logits[0] = -torch.rand(vocabulary) * 60 - 100
     if vocabulary > 2:
         logits[1, 1:] = -torch.inf
         logits[1, 0] = 2.0
@@ -341,12 +342,13 @@ def test_only_the_entropy_is_differentiated() -> None:
     assert ops_oracle.relative(hidden.grad, exact.grad) <= 1e-5
 
 
-def test_a_nan_weight_is_not_hidden() -> None:
+@pytest.mark.parametrize("row", [3, 99])  # inside a block of eight, and in what is left over
+def test_a_nan_weight_is_not_hidden(row: int) -> None:
     p = problem(5, 100, 8)
-    p["weight_VD"][99] = torch.nan
+    p["weight_VD"][row] = torch.nan
     p["targets_N"][:] = 1
     out, _, _ = run_ppo_head(p)
-    assert torch.isnan(out.loss)
+    assert torch.isnan(out.loss) and torch.isnan(out.logprobs_N).all()
 
 
 @pytest.mark.parametrize(

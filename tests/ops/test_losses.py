@@ -62,7 +62,8 @@ def test_ppo_loss_matches_the_formula(num_tokens, clip_low, clip_high, dual_clip
     torch.testing.assert_close(logprobs.grad.double()[clear], exact.grad[clear], rtol=1e-4, atol=1e-7)
     said = PpoStats.finalise([stats])
     assert said.pop("loss") == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
-    expected = ops_oracle.policy_stats(logprobs.detach()[mask], sampled[mask], advantages[mask], entropy[mask], **options)
+    kept = (logprobs.detach()[mask], sampled[mask], advantages[mask], entropy[mask])
+    expected = ops_oracle.policy_stats(*kept, **options)
     if clear.all():
         assert said == pytest.approx(expected, rel=2e-4, abs=1e-7 * max(1.0, drift))
 

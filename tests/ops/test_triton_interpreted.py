@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 on CPU tensors: the files of `interpreted/`, each in a process with the interpreter on."""
+"""The Triton kernels against float64 on CPU tensors: each file of `interpreted/` in a process that interprets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tokens", "logits", "head")
+FILES = ("head", "tokens", "logits", "adapter")
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"

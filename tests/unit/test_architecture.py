@@ -1,4 +1,4 @@
-"""The house: arrows between packages point down only, and everything below the learner and generators is light to import."""
+"""The house: arrows between packages point down only, and what is below learner and generators is light to import."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def test_leaves_import_nothing_of_ours() -> None:
 )
 def test_import_is_light(module: str) -> None:
     code = (
-        f"import sys, {module}; heavy = [m for m in ('torch', 'transformers', 'sympy', 'matplotlib') if m in sys.modules];"
+        f"import sys, {module};"
+        "heavy = [m for m in ('torch', 'transformers', 'sympy', 'matplotlib') if m in sys.modules];"
         "sys.exit(f'{heavy} came along' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

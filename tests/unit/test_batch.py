@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orz_async.errors import DataError
 from orz_async.learner.batch import StepBatch, make_microbatch, make_step_batch, pack_part, split
 from orz_async.learner.model import load_policy
-from orz_async.records import Trajectory, as_float32, as_int32, int32_bytes
+from orz_async.records import as_float32, as_int32, int32_bytes
 
 CPU = torch.device("cpu")
 

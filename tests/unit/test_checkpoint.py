@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -186,6 +187,28 @@ def test_settings_that_change_the_math_are_refused(model: Path, tmp_path: Path) 
         changes(found, kit.config(model, broker={"max_lag": 0}))
 
 
+def test_settings_that_matter_only_beside_others(model: Path, tmp_path: Path) -> None:
+    base = kit.config(model, learner={"lr_final": 0.1, "loss_aggregation": "pack"})
+    save(kit.trainer(base), tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match="steps was 1000 and is now 7"):
+        changes(found, dataclasses.replace(base, steps=7))
+    with pytest.raises(CheckpointError, match=r"learner\.max_tokens"):
+        changes(found, kit.changed(base, max_tokens=128))
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(model: Path, tmp_path: Path) -> None:
+    base = kit.config(model)
+    save(kit.trainer(base), tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    del found.manifest.config["learner"]["lr_final"]
+    assert changes(found, base) == []
+    with pytest.raises(CheckpointError, match=r"learner\.lr_final was 1\.0 and is now 0\.5"):
+        changes(found, kit.changed(base, lr_final=0.5))
+
+
 def test_epochs_count_up_and_survive(tmp_path: Path) -> None:
     first, second = begin_epoch(tmp_path), begin_epoch(tmp_path)
     assert (first.epoch, second.epoch) == (1, 2)
@@ -210,59 +233,61 @@ def test_a_folder_belongs_to_one_learner(tmp_path: Path) -> None:
 
 
 KILLED_SAVES = """
-import os, signal, sys, time
+import os, shutil, signal, sys
 from pathlib import Path
 import learner_kit as kit, torch
 from test_checkpoint import save, train
 
 torch.set_num_threads(1)
-config = kit.config(sys.argv[1], checkpoint={"keep": 2})
-for attempt in range(12):
-    run_dir = Path(sys.argv[2]) / str(attempt)
-    reader, writer = os.pipe()
+trainer = kit.trainer(kit.config(sys.argv[1], checkpoint={"keep": 1}))
+train(trainer, 1)
+count, limit = 0, -1
+
+def kill(event, arguments):
+    global count
+    if limit >= 0 and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"):
+        count += 1
+        if count > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+first = Path(sys.argv[2]) / "first"
+save(trainer, first)
+sys.addaudithook(kill)
+for attempt in range(1000):
     child = os.fork()
     if not child:
-        trainer = kit.trainer(config)
-        train(trainer, 1)
-        while True:
-            save(trainer, run_dir)
-            os.write(writer, bytes([trainer.num_steps]))
-            trainer.num_steps += 1
-    last = 0
-    while last < 2:
-        last = os.read(reader, 1)[0]
-    time.sleep(0.0025 * attempt)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.set_blocking(reader, False)
-    try:
-        last = os.read(reader, 100)[-1]
-    except BlockingIOError:
-        pass
-    print(last)
+        run_dir = Path(sys.argv[2]) / str(attempt)
+        shutil.copytree(first, run_dir)
+        trainer.num_steps, limit = 2, attempt
+        save(trainer, run_dir)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        print(attempt)
+        break
 """
 
 
 def test_kill_9_during_save_leaves_a_loadable_state(model: Path, tmp_path: Path) -> None:
-    """Killed at many moments of a series of saves: the newest checkpoint is the last one reported, or its next."""
+    """Killed before each file operation of a save in turn: the checkpoint before it is whole, or the new one is."""
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}:{here.parents[1]}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED_SAVES, str(model), str(tmp_path)]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert told.returncode == 0, told.stderr
-    remains = 0
-    for attempt, reported in enumerate(map(int, told.stdout.split())):
-        root = tmp_path / str(attempt) / "checkpoints"
-        remains += sum(path.name.startswith(".saving") for path in root.iterdir())
+    steps = []
+    for attempt in range(int(told.stdout)):
         found = checkpoint.find(tmp_path / str(attempt))
-        assert found is not None
-        assert found.damaged == []
-        assert reported <= found.manifest.step <= reported + 1
-        resumed = kit.trainer(kit.config(model))
-        checkpoint.restore(resumed, found.path)
-        save(resumed, tmp_path / str(attempt))
-        assert [p.name for p in root.iterdir() if p.name.startswith(".")] == [], "the next save clears what was left"
-    assert remains, "no kill hit a save: the test has shown nothing"
+        assert found is not None, attempt
+        assert found.damaged == [], attempt
+        steps.append(found.manifest.step)
+    # Opening the tensors, the manifest and so on, then one rename that commits, then LATEST and the pruning.
+    assert steps == sorted(steps)
+    assert steps.count(1) > 10 < steps.count(2)
+    resumed = kit.trainer(kit.config(model))
+    checkpoint.restore(resumed, tmp_path / "5" / "checkpoints" / "step-00000001")
+    save(resumed, tmp_path / "5")
+    remains = [path.name for path in (tmp_path / "5" / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert remains == [], "the next save clears what the killed one left"
 
 
 def test_manifest_is_json_others_can_read(model: Path, tmp_path: Path) -> None:

@@ -163,11 +163,11 @@ class FakeFetcher:
 
 
 class FakeGrader:
-    """Every response is correct, at the next poll; with `is_slow`, when the test says so."""
+    """Every response is correct and its verdict is its text. One a poll; with `is_slow`, none."""
 
     def __init__(self) -> None:
         self.submitted: list[tuple[GradeKey, str, str, Finish]] = []
-        self.waiting: list[GradeKey] = []
+        self.waiting: list[tuple[GradeKey, Any]] = []
         self.is_slow = False
         self.is_closed = False
 
@@ -177,13 +177,10 @@ class FakeGrader:
 
     def submit(self, key: GradeKey, response: str, answer: str, finish: Finish) -> None:
         self.submitted.append((key, response, answer, finish))
-        self.waiting.append(key)
+        self.waiting.append((key, Verdict(1.0, response)))  # type: ignore[arg-type]
 
     def poll(self) -> Iterable[tuple[GradeKey, Verdict]]:
-        if self.is_slow:
-            return []
-        keys, self.waiting = self.waiting, []
-        return [(key, Verdict(1.0, "correct")) for key in keys]
+        return [self.waiting.pop(0)] if self.waiting and not self.is_slow else []
 
     def close(self) -> None:
         self.is_closed = True
@@ -278,7 +275,7 @@ def test_a_lease_becomes_a_result_with_all_that_its_lease_asked_for() -> None:
     assert (trajectory.prompt_id, trajectory.prompt, trajectory.sample) == (one.prompt_id, one.prompt, one.sample)
     assert trajectory.response == np.full(3, 7, "<i4").tobytes()
     assert trajectory.logprobs == np.full(3, -1, "<f4").tobytes()
-    assert (trajectory.reward, trajectory.verdict, trajectory.finish) == (1.0, "correct", "length")
+    assert (trajectory.reward, trajectory.verdict, trajectory.finish) == (1.0, "3 tokens", "length")
     assert (trajectory.spans, trajectory.generator, trajectory.generate_s) == ((Span(0, 0),), "g0", 1.0)
     assert rig.grader.submitted == [((1, ref(5)), "3 tokens", "", "length")]
 
@@ -400,12 +397,12 @@ def test_another_epoch_voids_all_work() -> None:
     assert of(Status, sent) == [Status(4, -1, ())] and not of(Result, sent)
     # The same lease again, in the new epoch: the verdict on the old response must not count for it.
     rig.fetcher.arrive(5)
-    rig.say(Grant((lease(4, new=30),)))
+    rig.say(Grant((lease(4, new=3),)), steps=5)
+    assert rig.engine.version == 5 and rig.engine.idle and rig.grader.pending == 2
     rig.grader.is_slow = False
-    assert not of(Result, rig.say(steps=5))
-    assert rig.engine.version == 5
-    (result,) = of(Result, rig.say(steps=30))
-    assert result.trajectory.rollout == 4 and len(result.trajectory.response) == 4 * 30
+    assert not of(Result, rig.say())
+    (result,) = of(Result, rig.say())
+    assert (result.trajectory.rollout, result.trajectory.verdict) == (4, "3 tokens")
 
 
 def test_another_model_gets_another_engine() -> None:
@@ -461,10 +458,13 @@ def test_a_second_signal_leaves_at_once() -> None:
     rig.serve()
     rig.say(Grant((lease(0, new=500), lease(1, new=500), lease(2, new=500))))
     rig.daemon.request_stop()
+    rig.daemon.request_stop()  # the same signal, delivered twice
+    assert not of(Leave, rig.say())
+    rig.client.now += 1.0
     rig.daemon.request_stop()
     with pytest.raises(Interrupted):
         rig.say()
-    assert sorted(one.lease.rollout for one in of(Failure, rig.client.sent)) == [0, 1, 2]
+    assert sorted(one.lease.rollout for one in of(Failure, rig.client.sent)) == [0, 1]
     assert isinstance(rig.client.sent[-1], Leave)
 
 

@@ -22,8 +22,10 @@ from generator_support import (
 from orz_async.errors import ConfigError, EngineError, ModelError
 from orz_async.generator.engine import LeaseError, Sample, ref_of
 from orz_async.generator.kv_cache import KVCache
+from orz_async.generator.sampler import sample as draw
+from orz_async.generator.sampler import uniforms
 from orz_async.generator.transformers_engine import TransformersEngine
-from orz_async.records import Span
+from orz_async.records import Span, as_int32
 from orz_async.weights.snapshot import state_digest
 
 
@@ -129,6 +131,40 @@ def test_keep_kv_keeps_the_keys_of_older_weights() -> None:
 
 def test_equal_submissions_and_swaps_give_equal_bits() -> None:
     assert_same(swapped(), swapped())
+
+
+def test_tokens_are_drawn_by_seed_and_place_in_the_response() -> None:
+    model = tiny_model()
+    leases = [lease(n, temperature=0.8) for n in range(6)]
+    samples = finish(make_engine(model), leases)
+    model.set_attn_implementation("eager")
+    for one in leases:
+        sample = samples[one.rollout]
+        start, steps = len(one.prompt) // 4, np.arange(20)
+        tokens = torch.from_numpy(np.concatenate([as_int32(one.prompt), sample.response]).astype(np.int64))
+        with torch.no_grad():
+            logits_TV = model(input_ids=tokens[None], use_cache=False).logits[0, start - 1 : -1]
+        draws_T = torch.from_numpy(uniforms(np.full(20, one.seed, np.uint64), steps))
+        expected, _ = draw(logits_TV, torch.full((20,), 0.8), draws_T)
+        assert expected.tolist() == sample.response.tolist()
+
+
+def test_a_cancelled_row_may_be_replaced_by_one_that_waits_for_its_cache() -> None:
+    engine = make_engine(prefill_tokens=40)
+    leases = [lease(n, prompt=[n, 2, 3, 4, 5, 6], new=9) for n in range(6)]
+    for one in leases:
+        engine.submit(one)
+    while engine.tokens_sampled < 24:
+        engine.poll()
+    engine.apply(1, tensors_of(perturbed(tiny_model(), 3, 0.1)))
+    engine.poll()  # recomputes the cache of the first four rows, 9 tokens each
+    engine.cancel(ref_of(leases[0]))
+    samples = finish(engine)
+    assert sorted(samples) == [1, 2, 3, 4, 5]
+    for sample in samples.values():
+        start = sample.spans[1].start
+        wanted = plain_logprobs(perturbed(tiny_model(), 3, 0.1), sample)[start:]
+        np.testing.assert_allclose(sample.logprobs[start:], wanted, atol=1e-5, rtol=0)
 
 
 def test_eos_ends_a_response_and_belongs_to_it() -> None:

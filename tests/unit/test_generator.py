@@ -55,6 +55,16 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     torch.testing.assert_close(logprobs_B, probabilities_V.log()[tokens_B])
 
 
+def test_rare_tokens_of_a_large_vocabulary_are_not_rounded_away() -> None:
+    logits_V = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    draws_B = uniforms(np.full(60, 5, np.uint64), np.arange(60))
+    tokens_B, _ = sample(logits_V.expand(60, -1), torch.ones(60), torch.from_numpy(draws_B))
+    cdf_V = np.cumsum(torch.softmax(logits_V.double(), -1).numpy())
+    wanted_B = np.searchsorted(cdf_V, draws_B * cdf_V[-1], "right")
+    # The probabilities themselves are float32, so a draw next to a boundary may fall on its other side.
+    assert (tokens_B.numpy() != wanted_B).mean() < 0.05
+
+
 def test_the_ends_of_the_unit_interval_give_possible_tokens() -> None:
     logits_BV = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, 4)
     tokens_B, logprobs_B = sample(logits_BV, torch.ones(2), torch.tensor([0.0, 1 - 2**-52], dtype=torch.float64))
@@ -84,6 +94,9 @@ def test_stop_strings_are_found_where_they_are_completed() -> None:
     assert completed(1, 2) and not completed(1) and not completed(1, 3) and not completed(2)
     assert completed(0, 4) and not completed(8, 4)
     assert completed(6, 7) and not completed(6) and not completed(7)
+    # The decoder drops a space at the beginning of what it is given: not of this stop string.
+    spaced = StopMatcher((" ab",), pieces([b" ", b"a", b"b"]), 3)
+    assert spaced.completed(np.array([1, 1, 1, 0, 1, 2], np.int32))
     assert not StopMatcher((), pieces(texts), len(texts)).candidates(np.arange(9)).any()
 
 

@@ -206,7 +206,8 @@ def test_the_order_of_things(model: Path, tmp_path: Path) -> None:
     assert first["lag_histogram"]["0"] == first["tokens_trained"] == first["mismatch_tokens"]
     assert first["mismatch_max"] < 1e-5
     assert abs(first["policy"]["ratio_max"] - 1) < 1e-5
-    assert {"values", "policy", "publish", "critic"} <= first["seconds"].keys()
+    assert {"wait_rollouts", "values", "policy", "publish", "critic"} <= first["seconds"].keys()
+    assert abs(sum(first["seconds"].values()) - first["step_s"]) < 1e-9
     assert len(first["losses"]["policy"]) == 1
     assert len(first["losses"]["value"]) == 2
     assert first["grad_norm"] > 0 < first["critic_grad_norm"]

@@ -328,6 +328,17 @@ def test_a_prompt_that_keeps_failing_is_replaced_for_the_rest_of_its_group() -> 
     }
 
 
+def test_siblings_of_a_quarantined_prompt_finish_or_follow() -> None:
+    desk = Desk(max_lag=0, rollouts_per_step=3, samples_per_prompt=3, max_attempts=1)
+    terms = desk.join("a", slots=3)
+    assert [t.prompt for t in terms] == [0, 0, 0]
+    assert [t.prompt for t in granted(desk.send(Failed("a", terms[0].ref, "", returned=False)))] == [1]
+    # A sibling that was being sampled fails too: it joins the group's new prompt instead of replacing that as well.
+    assert [t.prompt for t in granted(desk.send(Failed("a", terms[1].ref, "", returned=False)))] == [1]
+    assert answers(desk.finish("a", terms[2])) == [Ack(terms[2].ref)]
+    assert desk.ledger.book.prompts.cursor == 2
+
+
 def test_a_quarantined_prompt_is_skipped_when_the_data_come_round_again() -> None:
     desk = Desk(rollouts_per_step=20, samples_per_prompt=1, max_lag=0, max_attempts=1)
     desk.join("a", slots=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orz_async.learner.advantage import advantages, explained_variance, loss_denominators, terminal_rewards
-from orz_async.learner.optim import warmed_up
+from orz_async.learner.optim import Schedule
 
 
 def test_reward_stands_at_the_last_token() -> None:
@@ -65,5 +65,8 @@ def test_denominators_make_sums_means(aggregation: str, want: list[float]) -> No
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:
-    assert [warmed_up(1.0, step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmed_up(0.3, 0, 0) == 0.3
+    constant = Schedule(1.0, warmup_steps=4, final=1.0, num_steps=6)
+    assert [constant.at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert Schedule(0.3, warmup_steps=0, final=1.0, num_steps=6).at(0) == 0.3
+    falling = Schedule(2.0, warmup_steps=2, final=0.5, num_steps=4)
+    assert [falling.at(step) for step in range(5)] == [1.0, 1.75, 1.5, 1.25, 1.0]

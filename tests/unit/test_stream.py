@@ -292,7 +292,7 @@ def test_eight_fetchers_behind_a_relay_cost_the_publisher_as_much_as_one(house: 
     publisher = house.publisher()
     versions = [model(scale=4), changed(model(scale=4), 1)]
     relay = house.relay(publisher.address)
-    readers = [house.fetcher([relay.address, publisher.address]) for _ in range(7)]
+    readers = [house.fetcher([relay.address, publisher.address], stall_s=5.0) for _ in range(7)]
     for version, named in enumerate(versions):
         before = publisher.traffic.bytes_sent, relay.traffic.bytes_sent
         publish(publisher, version, named)

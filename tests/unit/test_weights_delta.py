@@ -135,6 +135,16 @@ def test_where_every_word_changes_nothing_is_coded() -> None:
     assert source.manifest.payload_bytes == 200_000
 
 
+def test_each_tensor_travels_in_its_smaller_form() -> None:
+    few, all_words = awkward(torch.bfloat16, 100_000), [awkward(torch.float32, 1000, seed) for seed in (0, 1)]
+    versions = [{"few": few, "all": all_words[0]}, {**changed({"few": few}, 1), "all": all_words[1]}]
+    base = capture(0, versions[0].items())
+    source = payload(shelf_of(*versions), base)
+    forms = {entry.spec.name: {block.form for block in entry.blocks} for entry in source.manifest.entries}
+    assert forms == {"few": {"delta"}, "all": {"full"}}
+    assert_same_bits(carry(source, base).tensors, versions[1])
+
+
 def test_history_is_bounded_in_steps_and_bytes() -> None:
     versions = [{"w": awkward(torch.bfloat16, 20_000)}]
     for seed in range(15):  # a step back takes a tenth of the version, and half of one is what history may hold

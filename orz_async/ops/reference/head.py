@@ -7,13 +7,13 @@ shares the loops and the matrix products and replaces only what lies between the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from orz_async.ops.reference.loss import clipped_policy, ppo_loss, wide
+from orz_async.ops.reference.loss import ppo_loss, wide
 
 # Elements of one [C, V] scratch buffer: 64 MiB of float32.
 CHUNK_ELEMENTS = 2**24
@@ -56,6 +56,8 @@ class GradientPass(Protocol):
 class RowMath(NamedTuple):
     softmax: SoftmaxPass
     gradient: GradientPass
+    policy: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """The backend's `ppo_loss`."""
 
 
 def softmax_pass(logits_CV: Tensor, targets_C: Tensor, temperature: float, consume: bool) -> Softmax:
@@ -95,7 +97,7 @@ def gradient_pass(
     out_CV.copy_(dz_CV.scatter_add_(1, targets_C[:, None], slope_C[:, None]))
 
 
-TORCH = RowMath(softmax_pass, gradient_pass)
+TORCH = RowMath(softmax_pass, gradient_pass, ppo_loss)
 
 
 def chunks(num_rows: int, num_columns: int, chunk: int | None) -> Iterator[slice]:
@@ -216,34 +218,37 @@ def ppo_head(
     and s depends on nothing but that token's log-probs and advantage: known as soon as its softmax is. It is never
     written out: e - S * onehot goes into both products, and the factor -s / S to their D-wide side.
     """
-    rows_M = torch.arange(len(hidden_ND), device=hidden_ND.device) if mask_N is None else mask_N.nonzero().squeeze(1)
+    kept_M = None if mask_N is None else mask_N.nonzero().squeeze(1)
     clip = (clip_low, clip_high, dual_clip, behaviour_cap)
     wide_VD = wide(weight_VD)
     logprobs_N, entropy_N = wide_VD.new_zeros((2, len(hidden_ND))).unbind()
-    grad_hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else None
+    new_hidden = torch.empty_like if kept_M is None else torch.zeros_like
+    grad_hidden_ND = new_hidden(hidden_ND) if need_hidden else None
     grad_weight_VD = torch.zeros_like(wide_VD) if need_weight else None
-    for span in chunks(len(rows_M), len(weight_VD), chunk):
-        rows = rows_M[span]
+    for span in chunks(len(hidden_ND) if kept_M is None else len(kept_M), len(weight_VD), chunk):
+        rows = span if kept_M is None else kept_M[span]
         x_CD, targets_C = wide(hidden_ND[rows]), targets_N[rows]
         softmax = math.softmax(x_CD @ wide_VD.T, targets_C, temperature, True)
         logprobs_N[rows], entropy_N[rows] = softmax.logprobs_C, softmax.entropy_C
         if not (need_hidden or need_weight):
             continue
-        slope_C = clipped_policy(
+        _, slope_C, _ = math.policy(
             softmax.logprobs_C,
-            wide(sampled_logprobs_N[rows]),
-            wide(advantages_N[rows]),
-            None if proximal_logprobs_N is None else wide(proximal_logprobs_N[rows]),
+            sampled_logprobs_N[rows],
+            advantages_N[rows],
+            None if proximal_logprobs_N is None else proximal_logprobs_N[rows],
+            None,
+            None,
             denominator[rows] if denominator.dim() else denominator,
             *clip,
-        ).slope_M
+        )
         factor_C1 = (-slope_C / (temperature * softmax.total_C))[:, None]
         e_CV = softmax.exp_CV.scatter_add_(1, targets_C[:, None], -softmax.total_C[:, None])
         if grad_hidden_ND is not None:
             grad_hidden_ND[rows] = (e_CV @ wide_VD).mul_(factor_C1).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD.addmm_(e_CV.T, x_CD * factor_C1)
-    loss, _, stats = ppo_loss(
+    loss, _, stats = math.policy(
         logprobs_N, sampled_logprobs_N, advantages_N, proximal_logprobs_N, entropy_N, mask_N, denominator, *clip
     )
     return loss, grad_hidden_ND, grad_weight_VD, logprobs_N, entropy_N, stats

@@ -6,6 +6,9 @@ import heapq
 from bisect import insort
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Swaps per rank. Differencing leaves little to do; this bounds the worst case.
 REFINE_ROUNDS = 64
 
@@ -91,13 +94,16 @@ def first_fit_decreasing(rank: list[int], lengths_B: Sequence[int], max_tokens: 
     return [sorted(members) for members in bins]
 
 
-def pack(lengths_B: Sequence[int], max_tokens: int, num_ranks: int, cost: tuple[float, float]) -> list[list[list[int]]]:
+def pack(
+    lengths_B: NDArray[np.int64], max_tokens: int, num_ranks: int, cost: tuple[float, float]
+) -> list[list[list[int]]]:
     """[rank][microbatch][index into lengths], heaviest microbatch first; a sequence costs a * L + b * L^2."""
+    lengths: list[int] = lengths_B.tolist()
     linear, square = cost
-    costs_B = [linear * float(n) + square * (float(n) * float(n)) for n in lengths_B]
+    costs_B = [linear * float(n) + square * (float(n) * float(n)) for n in lengths]
     packed = []
     for rank in refine(partition(costs_B, num_ranks), costs_B):
-        bins = first_fit_decreasing(rank, lengths_B, max_tokens)
+        bins = first_fit_decreasing(rank, lengths, max_tokens)
         heavy = [0.0] * len(bins)
         for number, members in enumerate(bins):
             for index in members:

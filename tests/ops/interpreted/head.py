@@ -1,6 +1,7 @@
 """ppo_head and head_logprob: Triton, interpreted, against float64.
 
-Caps: |d logp| <= 2e-5, entropy <= 1e-4, gradients <= 4e-3 relative (Frobenius) and <= 2 times a plain bfloat16 one's error.
+Caps: |d logp| <= 2e-5, entropy <= 1e-4, gradients <= 4e-3 relative (Frobenius), and at most twice the error of plain
+bfloat16 code.
 """
 
 from __future__ import annotations
@@ -43,27 +44,28 @@ def problem(rows, vocabulary, width, dtype=torch.bfloat16, scale=1.0, shared=0.0
     }
 
 
-def oracle(p, temperature=1.0, mask=None, denominator=7.0, proximal=False, **clips):
+def oracle(p, *, temperature=1.0, mask=None, proximal=False, **clips):
     hidden, weight = (p[k].double().requires_grad_() for k in ("hidden", "weight"))
     keep = torch.ones(len(hidden), dtype=torch.bool) if mask is None else mask
     logprobs, entropy = ops_oracle.logprob(hidden[keep] @ weight.T, p["targets"][keep], temperature)
     extra = {"proximal": p["proximal"][keep]} if proximal else {}
     terms = ops_oracle.policy_loss_terms(logprobs, p["sampled"][keep], p["advantages"][keep], **extra, **clips)
-    loss = (terms / denominator).sum()
+    loss = (terms / 7.0).sum()
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight)), logprobs.detach(), entropy.detach()
 
 
 def tiles(variant, rows, vocabulary, width):
     """Small enough that there are several, big enough that the interpreter, which takes 10 ms a tile, has few."""
-    columns = 256 if vocabulary < 2000 else 8192
+    columns = 512 if vocabulary < 2000 else 8192
     return head.Tiles(32 if rows > 16 else 16, columns, max(16, 2 ** (width - 1).bit_length()))
 
 
-def run(p, temperature=1.0, mask=None, denominator=7.0, proximal=False, chunk=None, variant="fused", need=(True, True), **clips):  # fmt: skip
+def run(p, *, temperature=1.0, mask=None, proximal=False, chunk=None, variant="fused", **clips):
+    shape = tiles(variant, len(p["hidden"]), *p["weight"].shape)
     return ppo_head.compute(
-        p["hidden"], p["weight"], p["targets"], p["sampled"], p["advantages"], p["proximal"] if proximal else None, mask,
-        torch.tensor(denominator), clips.get("clip_low", 0.2), clips.get("clip_high", 0.2), clips.get("dual_clip"),
-        clips.get("behaviour_cap"), temperature, chunk, *need, variant, tiles(variant, len(p["hidden"]), *p["weight"].shape),
+        p["hidden"], p["weight"], p["targets"], p["sampled"], p["advantages"], p["proximal"] if proximal else None,
+        mask, torch.tensor(7.0), clips.get("clip_low", 0.2), clips.get("clip_high", 0.2), clips.get("dual_clip"),
+        clips.get("behaviour_cap"), temperature, chunk, True, True, variant, shape,
     )  # fmt: skip
 
 
@@ -90,9 +92,9 @@ def plain_bfloat16(p):
 @pytest.mark.parametrize("shared", [0.0, 6.0])
 def test_against_float64_and_against_plain_bfloat16(variant, shared):
     """Ragged rows and vocabulary, chunks that do not divide the rows."""
-    p = problem(70, 1000, 64, shared=shared)
+    p = problem(50, 1000, 64, shared=shared)
     expected = oracle(p)
-    found = run(p, variant=variant, chunk=40)
+    found = run(p, variant=variant, chunk=34)
     check(found, expected)
     for ours, plain, want in zip(found[1:3], plain_bfloat16(p), expected[1:3], strict=True):
         assert ops_oracle.relative(ours, want) <= 2 * ops_oracle.relative(plain, want)
@@ -128,7 +130,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_with_a_mask(options):
     """Rows that are masked out hold NaN and targets out of range; they cost nothing and come back as 0."""
-    p, mask = problem(40, 500, 32), torch.rand(40) < 0.6
+    p, mask = problem(30, 500, 32), torch.rand(30) < 0.6
     expected = oracle(p, mask=mask, **options)
     p["hidden"][~mask] = torch.nan
     p["sampled"][~mask] = p["advantages"][~mask] = torch.nan
@@ -154,7 +156,8 @@ def test_overflow_of_the_reference(variant):
     p["sampled"][:4] = -90.0
     assert float(logprobs.min()) < -40
     # A weight that reaches e^19 would drown the other rows' error in the norm.
-    found, expected = run(p, proximal=True, behaviour_cap=1.0, variant=variant), oracle(p, proximal=True, behaviour_cap=1.0)  # fmt: skip
+    options = {"proximal": True, "behaviour_cap": 1.0}
+    found, expected = run(p, variant=variant, **options), oracle(p, **options)
     check(found, expected)
     far = logprobs < -40
     assert ops_oracle.relative(found[1][far], expected[1][far]) <= 4e-3
@@ -208,18 +211,18 @@ def test_only_what_is_needed():
 def test_head_logprob(variant, spread, monkeypatch):
     monkeypatch.setattr(head, "choose_variant", lambda hidden: variant)
     for name in ("FUSED", "LIBRARY"):
-        monkeypatch.setattr(head, name, tiles(variant, 40, 600, 32))
-    p = problem(40, 600, 32, shared=6.0)
+        monkeypatch.setattr(head, name, tiles(variant, 24, 600, 32))
+    p = problem(24, 600, 32, shared=6.0)
     hidden, weight = (p[k].double().requires_grad_() for k in ("hidden", "weight"))
     want = ops_oracle.logprob(hidden @ weight.T, p["targets"], 0.8)
-    g, h = torch.randn(40), torch.randn(40) if spread else None
+    g, h = torch.randn(24), torch.randn(24) if spread else None
     grads = torch.autograd.grad(
-        want, (hidden, weight), (g.double(), torch.zeros(40).double() if h is None else h.double())
+        want, (hidden, weight), (g.double(), torch.zeros(24).double() if h is None else h.double())
     )
-    logprobs, entropy, logsumexp = head_logprob_forward(p["hidden"], p["weight"], p["targets"], 0.8, 24)
+    logprobs, entropy, logsumexp = head_logprob_forward(p["hidden"], p["weight"], p["targets"], 0.8, 16)
     assert float((logprobs.double() - want[0].detach()).abs().max()) <= 2e-5
     assert float((entropy.double() - want[1].detach()).abs().max()) <= 1e-4
-    found = head_logprob_backward(p["hidden"], p["weight"], p["targets"], logsumexp, entropy, g, h, 0.8, 24, True, True)
+    found = head_logprob_backward(p["hidden"], p["weight"], p["targets"], logsumexp, entropy, g, h, 0.8, 16, True, True)
     for gradient, expected in zip(found, grads, strict=True):
         assert ops_oracle.relative(gradient, expected) <= 4e-3
 

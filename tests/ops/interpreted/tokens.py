@@ -166,7 +166,8 @@ def test_ppo_loss(n, options, monkeypatch):
     assert totals["loss"] == pytest.approx(float(expected), rel=2e-5)
     for name in ("clip_low", "clip_high", "clip_dual", "weight_capped"):
         assert totals[name] / count == pytest.approx(stats[name]), name
-    for field, name in (("ratio_sum", "ratio_mean"), ("k1_sum", "kl_k1"), ("k3_sum", "kl_k3"), ("weight_sum", "weight_mean"), ("entropy_sum", "entropy")):  # fmt: skip
+    means = {"ratio_sum": "ratio_mean", "k1_sum": "kl_k1", "k3_sum": "kl_k3", "weight_sum": "weight_mean"}
+    for field, name in (means | {"entropy_sum": "entropy"}).items():
         assert totals[field] / count == pytest.approx(stats[name], rel=2e-5, abs=1e-7), name
     assert [totals["ratio_max"], totals["ratio_min"]] == pytest.approx(
         [stats["ratio_max"], stats["ratio_min"]], rel=2e-5
