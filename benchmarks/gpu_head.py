@@ -73,7 +73,7 @@ def check_one(bench: Bench, name: str, p: dict[str, Tensor], proximal: Tensor | 
 def check(bench: Bench) -> None:
     """The matrix: ragged rows and vocabularies, shared direction, overflow of the reference, masks, repeats, chunks."""
     shapes = [(300, 1000, 64), (513, 151_936, 896), (257, 152_064, 3584), (1, 32_000, 128)]
-    for rows, vocab, width in [(9, 200, 32)] if bench.dry else shapes:
+    for rows, vocab, width in [] if bench.dry else shapes:
         check_one(bench, f"{rows} x {vocab} x {width}", problem(bench, rows, vocab, width), chunk=max(rows // 3, 1))
     rows, vocab, width = (8, 100, 16) if bench.dry else (300, 32_000, 512)
     check_one(bench, "shared direction", problem(bench, rows, vocab, width, shared=3.0))

@@ -147,7 +147,6 @@ class Bench:
     def peak(self, name: str, variant: str, thunk: Thunk) -> None:
         """Gigabytes of device memory that a call takes beyond what is there before it."""
         if self.dry:
-            thunk()
             return
         self.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -42,6 +42,7 @@ class Hello(_Message, frozen=True, gc=False):
     engine: str
     slots: int
     vocab_size: int
+    """0 while the model is not known yet."""
     pid: int
 
 

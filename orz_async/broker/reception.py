@@ -127,7 +127,8 @@ class Reception:
             return f"a generator's name has 1 to {MAX_NAME} printable characters, got {hello.name[:MAX_NAME]!r}"
         if hello.name in self.refused:
             return self.refused[hello.name]
-        if hello.vocab_size != self.vocab_size:
+        # 0: a daemon that learns the model from Welcome; it checks the vocabulary itself and says it next time.
+        if hello.vocab_size not in (0, self.vocab_size):
             return (
                 f"the run's model has a vocabulary of {self.vocab_size}, the generator's has {hello.vocab_size}; "
                 f"start it with the model {self.welcome.model_path}"

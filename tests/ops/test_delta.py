@@ -124,7 +124,8 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_noticed(data: st.DataObject) -> None:
-    new, old = versions(700, 0.05, torch.bfloat16)
+    # Half of them sent as changes, half whole.
+    new, old = versions(700, data.draw(st.sampled_from([0.05, 1.0])), torch.bfloat16)
     payload = bytearray(ops.delta_encode(new, old))
     how = data.draw(st.sampled_from(["flip", "cut", "extend", "swap"]))
     at = data.draw(st.integers(0, len(payload) - 1))
@@ -167,10 +168,11 @@ def forged(
         (struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF), "body"),  # counts far beyond the payload
         (struct.pack("<II", 1, 1) + b"\xfe" + b"\x01\x02", "position"),  # 254 in a block of 100 words
         (struct.pack("<II", 1, 3) + b"\xff\xff\x05" + b"\x01\x02", "position"),  # 515
-        (struct.pack("<II", 1, 1) + b"\xff" + b"\x01\x02", "payload"),  # an escape and nothing after it
-        (struct.pack("<II", 1, 2) + b"\x01\xff" + b"\x01\x02", "payload"),  # a trailing escape
-        (struct.pack("<II", 1, 2) + b"\x01\x01" + b"\x01\x02", "payload"),  # more gaps than values
-        (struct.pack("<II", 2, 1) + b"\x01" + b"\x01\x02\x03\x04", "payload"),  # fewer gaps than values
+        (struct.pack("<II", 1, 1) + b"\x64" + b"\x01\x02", "position"),  # 100, the first that is not there
+        (struct.pack("<II", 1, 1) + b"\xff" + b"\x01\x02", "position|changed words"),  # an escape and nothing after it
+        (struct.pack("<II", 1, 2) + b"\x01\xff" + b"\x01\x02", "position|changed words"),  # a trailing escape
+        (struct.pack("<II", 1, 2) + b"\x01\x01" + b"\x01\x02", "position|changed words"),  # more gaps than values
+        (struct.pack("<II", 2, 1) + b"\x01" + b"\x01\x02\x03\x04", "position|changed words"),  # fewer
         (struct.pack("<II", 1, 1) + b"\x05" + b"\x01\x02", "checksum"),  # well formed, but not the result it names
     ],
 )

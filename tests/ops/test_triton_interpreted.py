@@ -1,8 +1,12 @@
-"""The Triton kernels against float64 on CPU tensors: each file of `interpreted/` in a process that interprets them."""
+"""The Triton kernels and their GPU benchmark without a GPU: interpreted, on CPU tensors, in processes of their own.
+
+Triton decides when it is imported whether it interprets; and a process is one thread here, so they run side by side.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,38 +16,75 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("head", "tokens", "logits", "adapter")
+BENCHMARK = "benchmark"
+# Two processes of about equal length: to start one costs seconds.
+CASES = {"head": ("head",), "tokens": ("tokens", "logits", "adapter")}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 
 
+class Run:
+    """One process and what it printed."""
+
+    def __init__(self, folder: Path, name: str, command: list[str], **extra: str) -> None:
+        # From a bare checkout: nothing of ours on the path but what is named.
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET", "ORZ_BACKEND")}
+        kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | extra
+        self.log, self.out = folder / f"{name}.log", folder / f"{name}.json"
+        line = [sys.executable, "-m", *(word.replace("OUT", str(self.out)) for word in command)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(line, cwd=ROOT, env=kept, stdout=log, stderr=subprocess.STDOUT)
+
+    def finish(self) -> tuple[int, str]:
+        code = self.process.wait(timeout=290)
+        return code, self.log.read_text()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
-    """All at once: each is one thread."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """All at once, the longest first."""
     folder = tmp_path_factory.mktemp("interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "ORZ_BACKEND": "auto"}
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    started = {}
-    for name in FILES:
-        log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/interpreted/{name}.py"]
-        with log.open("wb") as out:
-            started[name] = (
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT),
-                log,
-            )
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    started = {BENCHMARK: Run(folder, BENCHMARK, ["benchmarks.gpu_ops", "--dry-run", "--out", "OUT"])}
+    for name, files in CASES.items():
+        command = ["pytest", "-q", "-p", "no:cacheprovider", *(f"tests/ops/interpreted/{file}.py" for file in files)]
+        started[name] = Run(folder, name, command, TRITON_INTERPRET="1", PYTHONPATH=paths)
     yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
+    for run in started.values():
+        run.stop()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_under_the_interpreter(name: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
-    process, log = runs[name]
-    code = process.wait(timeout=280)
-    text = log.read_text()
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_under_the_interpreter(name: str, runs: dict[str, Run]) -> None:
+    code, text = runs[name].finish()
     assert code == 0, text[-8000:]
     assert " passed" in text
+
+
+def test_dry_run_of_the_gpu_benchmark(runs: dict[str, Run]) -> None:
+    """All of it runs on tiny tensors, so that its first run on a lent device succeeds."""
+    code, text = runs[BENCHMARK].finish()
+    assert code == 0, text[-8000:]
+    document = json.loads(runs[BENCHMARK].out.read_text())
+    assert document["problems"] == []
+    names = {row["name"].split(" ")[0] for row in document["rows"]}
+    assert {"ceiling", "gae", "whiten", "ppo_loss", "value_loss", "logprob", "ppo_head", "head_logprob"} <= names
+    checked = [row for row in document["rows"] if row["unit"] == "error"]
+    assert len(checked) > 30
+    assert all(row["notes"]["passed"] for row in checked)
+    assert document["ceilings"]["matmul_tflops"] > 0
+
+
+def test_a_benchmark_group_that_fails_is_reported_and_the_file_written(tmp_path: Path) -> None:
+    """Without a device and without --dry-run every group fails: that is what a broken driver looks like."""
+    run = Run(tmp_path, "broken", ["benchmarks.gpu_ops", "--only", "ceilings", "--out", "OUT"])
+    code, text = run.finish()
+    assert code == 1
+    assert "expected a CUDA device, found none" in text
+    assert json.loads(run.out.read_text())["problems"] == ["ceilings: ended with exit code 1"]

@@ -265,6 +265,14 @@ def test_wrong_vocabulary_is_refused(brokers: Callable[..., Broker]) -> None:
     a.client.close()
 
 
+def test_a_vocabulary_not_known_yet_is_welcome(brokers: Callable[..., Broker]) -> None:
+    broker = brokers()
+    a = FakeGenerator(broker.address, "a", vocab_size=0)
+    wait_until(lambda: a.turn() is None and a.client.run_id != "" and a.client.epoch > 0)
+    assert a.bye is None
+    a.client.close()
+
+
 def test_beyond_loopback_is_refused(tmp_path: Path) -> None:
     for bind in ("tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.0.0.1:0"):
         with pytest.raises(ConfigError, match="beyond this machine"):
