@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.9.0
 BIN    := $(VENV)/bin
 SEED   ?= 0
 ARGS   ?=
 STAMP  := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: dev demo test check sanitize bench chaos gpu clean
+PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+.PHONY: help dev demo test check sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,19 +28,24 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25"
 	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel "pybind11>=3.0"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps $(TRITON)  # interpreted and compiled by the tests; needs no CUDA torch
 	touch $@
 
 demo: dev
 	$(BIN)/orz demo --seed $(SEED) $(ARGS)
 
 test: dev
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+	PYTHONPATH=kernels $(BIN)/python kernels/compile_check.py
+	$(PYTEST) $(ARGS)
+
+sanitize: dev
+	bash csrc/sanitize.sh $(abspath $(BIN)/python)
 
 bench: dev
 	$(BIN)/python -m benchmarks.run cpu $(ARGS)

@@ -12,22 +12,28 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import statistics
 import subprocess
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.protocol import Row, interleave, row
 from orz_async import ops
 from orz_async.ops import backend, reference
+
+Vector = Sequence[float] | NDArray[Any]
 
 MEGATOKEN = 2**20
 DELTA_WORDS = 2**25
@@ -55,10 +61,8 @@ def response_lengths(count: int) -> list[int]:
     return [min(8192, max(16, int(draw.lognormvariate(6.5, 1.0)))) for _ in range(count)]
 
 
-def gae_python_loop(
-    rewards: list[float], values: list[float], cu_seqlens: list[int], gamma: float, lam: float
-) -> list[float]:
-    """As trainers ship it: one token after the other."""
+def gae_python_loop(rewards: Vector, values: Vector, cu_seqlens: list[int], gamma: float, lam: float) -> list[float]:
+    """As trainers ship it: one token after the other, indexing what they were given."""
     advantages = [0.0] * len(rewards)
     for start, end in pairwise(cu_seqlens):
         next_value = next_advantage = 0.0
@@ -77,25 +81,38 @@ def bench_gae() -> list[Row]:
     lengths.append(MEGATOKEN - sum(lengths))
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     rewards, values = torch.randn((2, MEGATOKEN)).unbind()
-    plain = (rewards.tolist(), values.tolist(), cu_seqlens.tolist())
+    bounds = cu_seqlens.tolist()
+    lists, arrays = (rewards.tolist(), values.tolist()), (rewards.numpy(), values.numpy())
     call = partial(ops.gae, rewards, values, cu_seqlens, gamma=0.99, lam=0.95)
+
+    def many() -> None:
+        for _ in range(20):
+            call()
 
     def in_reference() -> None:
         with backend.using("reference"):
             call()
 
+    variants: dict[str, tuple[Callable[[], object], int]] = {
+        "c++ (1 core)": (many, 20),
+        "reference": (in_reference, 1),
+        "python loop over arrays": (lambda: gae_python_loop(arrays[0], arrays[1], bounds, 0.99, 0.95), 1),
+        "python loop over lists": (lambda: gae_python_loop(lists[0], lists[1], bounds, 0.99, 0.95), 1),
+    }
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
     with threads(1):
-        fast = interleave("gae_1M", {"c++ (1 core)": lambda: [call() for _ in range(20)]}, repeats=9, calls=20)
-        slow = interleave(
-            "gae_1M",
-            {
-                "c++, in turn": call,
-                "reference": in_reference,
-                "python loop": lambda: gae_python_loop(*plain, 0.99, 0.95),
-            },
-            repeats=3,
-        )
-    return fast + slow
+        many()
+        for _ in range(5):
+            for variant, (run_it, calls) in variants.items():
+                started = time.perf_counter()
+                run_it()
+                times[variant].append((time.perf_counter() - started) * 1e3 / calls)
+    fast = times["c++ (1 core)"]
+    return [
+        row("gae_1M", variant, "ms", taken)
+        | {"ratio_to_first": statistics.median(t / f for t, f in zip(taken, fast, strict=True))}
+        for variant, taken in times.items()
+    ]
 
 
 def bench_pack() -> list[Row]:

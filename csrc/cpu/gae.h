@@ -52,8 +52,8 @@ ORZ_TARGET_AVX2 inline void gae_avx2(const GaeArgs& args, int64_t begin, int64_t
   const __m256 c1_8 = _mm256_set1_ps(carry), c2_8 = _mm256_set1_ps(c2), c4_8 = _mm256_set1_ps(c4);
   // What the return after the block contributes to each of its eight tokens.
   const __m256 reach = _mm256_setr_ps(c4 * c4, c4 * c2 * carry, c4 * c2, c4 * carry, c4, c2 * carry, c2, carry);
+  const __m256 c8_8 = _mm256_set1_ps(c4 * c4);
   const __m256i up1 = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 7);
-  const __m256i first = _mm256_setzero_si256();
   const __m256 zero = _mm256_setzero_ps();
   __m256 next = _mm256_set1_ps(args.returns[blocks_end]);
   for (int64_t t = blocks_end - 8; t >= begin; t -= 8) {
@@ -61,13 +61,14 @@ ORZ_TARGET_AVX2 inline void gae_avx2(const GaeArgs& args, int64_t begin, int64_t
     __m256 x = _mm256_fmadd_ps(spread8, _mm256_loadu_ps(args.values + t + 1), _mm256_loadu_ps(args.rewards + t));
     // x_t += c * x_{t+1}; then c^2 from two further on; then c^4 from four further on.
     x = _mm256_fmadd_ps(c1_8, _mm256_blend_ps(_mm256_permutevar8x32_ps(x, up1), zero, 0x80), x);
-    __m256 two = _mm256_shuffle_ps(x, _mm256_permute2f128_ps(x, x, 0x81), _MM_SHUFFLE(1, 0, 3, 2));
+    const __m256 two = _mm256_shuffle_ps(x, _mm256_permute2f128_ps(x, x, 0x81), _MM_SHUFFLE(1, 0, 3, 2));
     x = _mm256_fmadd_ps(c2_8, two, x);
     x = _mm256_fmadd_ps(c4_8, _mm256_permute2f128_ps(x, x, 0x81), x);
-    x = _mm256_fmadd_ps(reach, next, x);
-    _mm256_storeu_ps(args.returns + t, x);
-    _mm256_storeu_ps(args.advantages + t, _mm256_sub_ps(x, value));
-    next = _mm256_permutevar8x32_ps(x, first);
+    const __m256 total = _mm256_fmadd_ps(reach, next, x);
+    _mm256_storeu_ps(args.returns + t, total);
+    _mm256_storeu_ps(args.advantages + t, _mm256_sub_ps(total, value));
+    // The first token of the block, from what the scan left: all that the next block waits for is this multiply-add.
+    next = _mm256_fmadd_ps(c8_8, next, _mm256_broadcastss_ps(_mm256_castps256_ps128(x)));
   }
 }
 #endif

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orz_kernels.launching import as_bytes, cdiv, launch, optional, pick
+from orz_kernels.launching import as_bytes, cdiv, launch, optional
 from orz_kernels.registry import register
 from orz_kernels.whiten import block_moments, merge_moments
 
-BLOCK = pick(2048, 1024)
+BLOCK = 1024  # with 8 warps: other shapes spill under one version of ptxas or another
 SPAN = 128  # block aggregates one step of the carry reads
 
 
@@ -135,7 +135,7 @@ def _launch(
         aggregates,
     )
     sizes = (num_tokens, num_sequences, num_sequences.bit_length(), num_blocks, gamma, gamma * lam, gamma * (1 - lam))
-    meta = {"BLOCK": BLOCK, "HAS_MASK": mask_N is not None, "HAS_BOOTSTRAP": bootstrap_B is not None, "num_warps": 4}
+    meta = {"BLOCK": BLOCK, "HAS_MASK": mask_N is not None, "HAS_BOOTSTRAP": bootstrap_B is not None, "num_warps": 8}
     if num_blocks > 1:
         launch(_aggregate_kernel, (num_blocks,), *inputs, *sizes, **meta)
     launch(

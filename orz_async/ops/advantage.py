@@ -27,7 +27,9 @@ def gae(
     there, reward included; they get 0.
     """
     checks.tensor("values_N", values_N, [None])
-    checks.vectors(values_N, mask_N, rewards_N=rewards_N, values_N=values_N)
+    checks.tensor("rewards_N", rewards_N, [len(values_N)], like=values_N)
+    if mask_N is not None:
+        checks.tensor("mask_N", mask_N, [len(values_N)], [torch.bool], like=values_N)
     checks.cu_seqlens("cu_seqlens_B1", cu_seqlens_B1, values_N)
     checks.number("gamma", gamma, 0.0, 1.0)
     checks.number("lam", lam, 0.0, 1.0)
@@ -38,6 +40,10 @@ def gae(
         advantages_N, returns_N = backend.for_tensor(values_N).gae(
             rewards_N, values_N, cu_seqlens_B1, float(gamma), float(lam), mask_N, bootstrap_B
         )
+    if not checks.is_finite(advantages_N):
+        # Each token's reward and value enter its advantage: one look at the result instead of two at what came in.
+        checks.finite("rewards_N", rewards_N, mask_N)
+        checks.finite("values_N", values_N, mask_N)
     return advantages_N, returns_N
 
 

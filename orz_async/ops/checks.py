@@ -51,11 +51,14 @@ def vectors(like: Tensor, mask_N: Tensor | None, **named: Tensor | None) -> None
             finite(argument, x_N, mask_N)
 
 
+def is_finite(x_N: Tensor) -> bool:
+    """Whether all of it is, or could be: True on a GPU, which is not asked."""
+    # One fast reduction: a sum is finite only if all terms are. One that overflowed is a false alarm.
+    return x_N.is_cuda or x_N.is_meta or not x_N.numel() or math.isfinite(float(x_N.detach().sum()))
+
+
 def finite(argument: str, x_N: Tensor, mask_N: Tensor | None = None) -> None:
-    if x_N.is_cuda or x_N.is_meta or not x_N.numel():
-        return
-    # One fast reduction in the good case: a sum is finite only if all terms are. If it overflowed, look closely.
-    if math.isfinite(float(x_N.detach().sum())):
+    if is_finite(x_N):
         return
     bad_N = ~torch.isfinite(x_N.detach())
     if mask_N is not None:

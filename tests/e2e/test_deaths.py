@@ -5,19 +5,38 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
 
+from orz_async.broker.segments import records
+from orz_async.broker.transitions import Granted
 from orz_async.config_toml import load
+from orz_async.records import Trajectory
 from tests.e2e import replay
 from tests.e2e.conftest import Run, wait_for
 
-STEPS = 10
+STEPS = 12
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
+
+
+def frozen_at_work(run: Run, process: subprocess.Popen[bytes]) -> bool:
+    """Stop the daemon called "doomed"; let it go on if it holds no lease, by what the journal says."""
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(0.1)  # for what it sent before
+    held: set[tuple[str, int, int]] = set()
+    for _, record, _ in records(run.folder / "journal"):
+        if isinstance(record, Granted) and record.generator == "doomed":
+            held |= {(terms.kind, terms.rollout, terms.attempt) for terms in record.terms}
+        elif isinstance(record, Trajectory):
+            held -= {(record.kind, record.rollout, record.attempt)}
+    if not held:
+        os.kill(process.pid, signal.SIGCONT)
+    return bool(held)
 
 
 def check_books(run: Run) -> None:
@@ -38,9 +57,8 @@ def test_two_ranks_lose_a_daemon_and_gain_one(new_run: Callable[..., Run]) -> No
     learner = run.learner(ranks=2)
     doomed, survivor = run.generator("doomed"), run.generator("survivor")
     wait_for(lambda: len(run.steps()) >= 2, "two steps")
-    # Both freeze while they hold leases: the kill surely costs some, and the run cannot end before the third is there.
-    for generator in (doomed, survivor):
-        os.kill(generator.pid, signal.SIGSTOP)
+    wait_for(lambda: frozen_at_work(run, doomed), "the doomed one to hold leases when it freezes")
+    os.kill(survivor.pid, signal.SIGSTOP)  # so that the run cannot end before the third is there
     kill(doomed)
     late = run.generator("late")
     wait_for(lambda: any(e["rollouts"] for e in run.events("generator-late", "throughput")), "work for the third")

@@ -132,7 +132,8 @@ def test_k3_does_not_cancel(host, drift):
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_value_loss(host, clip):
     n = 300
-    values = torch.randn(n).requires_grad_()
+    # Values far smaller than their moves: there old + (value - old) is not the value, and must not count as clipped.
+    values = (torch.randn(n) * torch.logspace(-4, 0, n)).requires_grad_()
     old, returns = values.detach() + 0.3 * torch.randn(n), torch.randn(n)
     mask, denominator = torch.rand(n) < 0.7, 1 + torch.rand(n)
     expected = (ops_oracle.value_loss_terms(values, old, returns, clip) / denominator.double())[mask].sum()

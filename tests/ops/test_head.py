@@ -284,7 +284,8 @@ def test_logprob_and_its_gradient(vocabulary: int, in_place: bool) -> None:
     want = (weights[0, :, None] * (onehot - p) - weights[1, :, None] * spread) / 0.7
     torch.testing.assert_close(logprobs.double(), want_logprobs.detach(), atol=2e-5, rtol=1e-6)
     torch.testing.assert_close(entropy.double(), want_entropy.detach(), atol=2e-5, rtol=1e-6)
-    torch.testing.assert_close(base.grad.double(), want, atol=2e-6, rtol=2e-5)
+    # A logsumexp near -140 has 1.5e-5 of rounding, and p carries it.
+    torch.testing.assert_close(base.grad.double(), want, atol=2e-6, rtol=1e-4)
 
 
 def test_logprob_in_place_really_overwrites() -> None:

@@ -195,6 +195,30 @@ def head_logprob_backward(
     return grad_hidden_ND, grad_weight_VD
 
 
+def _products(
+    e_CV: Tensor,
+    factor_C1: Tensor,
+    x_CD: Tensor,
+    weight_VD: Tensor,
+    out_CD: Tensor | None,
+    grad_weight_VD: Tensor | None,
+    need_hidden: bool,
+) -> Tensor | None:
+    """(factor * e) @ W, into `out` if there is one, and (factor * e).T @ x added to the weight's gradient.
+
+    The factor goes to the narrower side of the products, V or D wide: for a real vocabulary that saves a pass over e.
+    """
+    late = len(weight_VD) > x_CD.shape[1]
+    if not late:
+        e_CV.mul_(factor_C1)
+    dx_CD = torch.mm(e_CV, weight_VD, out=out_CD) if need_hidden else None
+    if late and dx_CD is not None:
+        dx_CD.mul_(factor_C1)
+    if grad_weight_VD is not None:
+        grad_weight_VD.addmm_(e_CV.T, x_CD * factor_C1 if late else x_CD)
+    return dx_CD
+
+
 def ppo_head(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -215,8 +239,8 @@ def ppo_head(
     math: RowMath = TORCH,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
     """With e = exp(z - max), S its sum and s the slope of a token's loss, its logits' gradient is s * (onehot - e / S),
-    and s depends on nothing but that token's log-probs and advantage: known as soon as its softmax is. It is never
-    written out: e - S * onehot goes into both products, and the factor -s / S to their D-wide side.
+    and s depends on nothing but that token's log-probs and advantage: known as soon as its softmax is. So each chunk's
+    gradients are made while its softmax is at hand, and no logits are kept or made twice.
     """
     kept_M = None if mask_N is None else mask_N.nonzero().squeeze(1)
     clip = (clip_low, clip_high, dual_clip, behaviour_cap)
@@ -244,10 +268,11 @@ def ppo_head(
         )
         factor_C1 = (-slope_C / (temperature * softmax.total_C))[:, None]
         e_CV = softmax.exp_CV.scatter_add_(1, targets_C[:, None], -softmax.total_C[:, None])
-        if grad_hidden_ND is not None:
-            grad_hidden_ND[rows] = (e_CV @ wide_VD).mul_(factor_C1).to(grad_hidden_ND.dtype)
-        if grad_weight_VD is not None:
-            grad_weight_VD.addmm_(e_CV.T, x_CD * factor_C1)
+        in_place = kept_M is None and hidden_ND.dtype == e_CV.dtype
+        out_CD = grad_hidden_ND[rows] if grad_hidden_ND is not None and in_place else None
+        dx_CD = _products(e_CV, factor_C1, x_CD, wide_VD, out_CD, grad_weight_VD, need_hidden)
+        if grad_hidden_ND is not None and dx_CD is not None and not in_place:
+            grad_hidden_ND[rows] = dx_CD.to(grad_hidden_ND.dtype)
     loss, _, stats = math.policy(
         logprobs_N, sampled_logprobs_N, advantages_N, proximal_logprobs_N, entropy_N, mask_N, denominator, *clip
     )

@@ -163,6 +163,18 @@ def test_overflow_of_the_reference(variant):
     assert ops_oracle.relative(found[1][far], expected[1][far]) <= 4e-3
 
 
+@pytest.mark.parametrize("variant", ["fused", "library"])
+def test_what_all_rows_of_the_head_share_does_not_leak(variant):
+    """The exact gradient along the shared direction is 0; rounding each probability alone would give it 0.1."""
+    p = problem(24, 600, 32, scale=3.0)
+    p["hidden"][:, 0], p["weight"][:, 0] = 0.0, 100.0
+    logprobs, _ = ops_oracle.logprob(p["hidden"].double() @ p["weight"].double().T, p["targets"])
+    p["sampled"] = (logprobs + 0.1 * torch.randn(24)).clamp(max=0).float()
+    found = run(p, variant=variant)
+    check(found, oracle(p))
+    assert float(found[1][:, 0].abs().max()) <= 1e-4
+
+
 @pytest.mark.parametrize("kind", ["all negative", "sixty", "one word", "sure"])
 def test_hard_rows(kind):
     p = problem(24, 1001, 32, scale=0.1)
