@@ -23,8 +23,7 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """For editable installs: also what is no Python extension."""
         super().copy_extensions_to_source()
-        built = Path(self.get_ext_fullpath("orz_async._C")).parent
-        for library in built.glob("liborz_cuda.*"):
+        for library in (Path(self.build_lib) / "orz_async").glob("liborz_cuda.*"):
             shutil.copy2(library, ROOT / "orz_async")
 
     def build_extension(self, ext: Extension) -> None:

@@ -18,7 +18,7 @@ from benchmarks.protocol import Row, row
 
 STEPS = 24
 LAGS = (0, 1, 2)
-REPEATS = 3
+REPEATS = 2
 
 
 def one_run(folder: Path, lag: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -8,7 +8,7 @@ cxx=${CXX:-g++}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 warnings=(-Wall -Wextra -Wshadow -Wconversion -Werror)
-common=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -I. -pthread)
+common=(-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -I. -pthread)
 memory=(-fsanitize=address,undefined -fno-sanitize-recover=all)
 
 builds=()

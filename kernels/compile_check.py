@@ -5,7 +5,7 @@
 Triton: the ops run on small CPU tensors while `launching.recording` catches what they would launch, and each distinct
 kernel and specialisation is compiled to an sm_90a cubin. CUDA C++: nvcc for sm_90a with -Xptxas -v. A table of
 registers, shared memory and spills follows. The exit code is 1 if a kernel spills, does not fit, or lost its matrix
-instructions, or if a compiler is missing.
+instructions, or if there is no Triton; without an nvcc the CUDA C++ part is left out, and says so.
 """
 
 from __future__ import annotations

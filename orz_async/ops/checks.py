@@ -42,7 +42,7 @@ def tensor(
 
 
 def vectors(like: Tensor, mask_N: Tensor | None, **named: Tensor | None) -> None:
-    """Float tensors of the length and on the device of `like`, finite wherever the mask counts them."""
+    """Float tensors of the length and on the device of `like`, [N] or [N, D], finite wherever the mask counts them."""
     if mask_N is not None:
         tensor("mask_N", mask_N, [len(like)], [torch.bool], like=like)
     for argument, x_N in named.items():

@@ -143,7 +143,7 @@ def ppo_head(
     """
     check_head(hidden_ND, weight_VD, targets_N, temperature, chunk, mask_N)
     checks.vectors(
-        sampled_logprobs_N if isinstance(sampled_logprobs_N, Tensor) and sampled_logprobs_N.dim() else hidden_ND,
+        hidden_ND,
         mask_N,
         sampled_logprobs_N=sampled_logprobs_N,
         advantages_N=advantages_N,
@@ -160,7 +160,7 @@ def ppo_head(
             advantages_N,
             proximal_logprobs_N,
             mask_N,
-            checks.denominator(denominator, hidden_ND[:, 0] if hidden_ND.shape[1] else hidden_ND),
+            checks.denominator(denominator, hidden_ND),
             clip_low,
             clip_high,
             dual_clip,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import ops_oracle
 import pytest
@@ -15,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orz_async import ops
-from orz_async.ops import backend
 
 pytestmark = pytest.mark.usefixtures("ops_backend")
 
@@ -27,7 +22,7 @@ def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return rewards, values, cu_seqlens
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
@@ -138,28 +133,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     for x, y in zip(found, want, strict=True):
         assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(x.double(), y, atol=tolerance, rtol=tolerance)
-
-
-def test_the_scalar_path_agrees_with_the_vector_path() -> None:
-    if backend.selected().name != "cpu":
-        pytest.skip("one path only")
-    code = (
-        "import sys, numpy as np, orz_async._C as c\n"
-        "assert c.features() == [], c.features()\n"
-        "r, v = np.random.default_rng(0).standard_normal((2, 4001), dtype=np.float32)\n"
-        "out = np.empty((2, 4001), np.float32)\n"
-        "c.gae(r, v, np.array([0, 7, 2000, 4001], np.int32), 0.99, 0.95, None, None, out[0], out[1])\n"
-        "sys.stdout.buffer.write(out.tobytes())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "ORZ_SCALAR": "1"}, timeout=60
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    want = torch.from_numpy(np.frombuffer(done.stdout, np.float32).reshape(2, 4001).copy())
-    rewards, values = np.random.default_rng(0).standard_normal((2, 4001), dtype=np.float32)
-    cu_seqlens = torch.tensor([0, 7, 2000, 4001], dtype=torch.int32)
-    found = ops.gae(torch.from_numpy(rewards), torch.from_numpy(values), cu_seqlens, gamma=0.99, lam=0.95)
-    torch.testing.assert_close(torch.stack(found), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,19 @@ def test_logprob_and_its_gradient(vocabulary: int, in_place: bool) -> None:
     torch.testing.assert_close(base.grad.double(), want, atol=2e-6, rtol=1e-4)
 
 
+def test_threads_change_no_bit() -> None:
+    logits, targets = torch.randn(9, 32000), torch.randint(32000, (9,))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        base = logits.clone().requires_grad_()
+        logprobs, entropy = ops.logprob(base, targets)
+        (logprobs + entropy).sum().backward()
+        results.append((logprobs.detach(), entropy.detach(), base.grad))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
 def test_logprob_in_place_really_overwrites() -> None:
     logits = torch.randn(4, 9, requires_grad=True)
     scores = logits * 1.0
@@ -369,6 +382,10 @@ def test_a_nan_weight_is_not_hidden(row: int) -> None:
         ({"denominator": torch.ones(3)}, r"denominator: expected shape \[4\], found shape \[3\]"),
         ({"sampled_logprobs_N": torch.tensor([0.0, torch.nan, 0, 0])}, "sampled_logprobs_N: expected finite numbers"),
         ({"advantages_N": torch.zeros(3)}, r"advantages_N: expected shape \[4\]"),
+        (
+            {"sampled_logprobs_N": torch.zeros(3), "advantages_N": torch.zeros(3)},
+            r"sampled_logprobs_N: expected shape \[4\], found shape \[3\]",
+        ),
         ({"clip_low": -0.1}, "clip_low: expected a number"),
         ({"dual_clip": 1.0}, "dual_clip: expected a number"),
         ({"behaviour_cap": 2.0}, "behaviour_cap: expected proximal_logprobs_N beside it"),

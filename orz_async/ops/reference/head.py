@@ -100,10 +100,25 @@ def gradient_pass(
 TORCH = RowMath(softmax_pass, gradient_pass, ppo_loss)
 
 
+def chunk_rows(num_rows: int, num_columns: int, chunk: int | None) -> int:
+    return min(max(num_rows, 1), chunk or max(1, CHUNK_ELEMENTS // max(num_columns, 1)))
+
+
 def chunks(num_rows: int, num_columns: int, chunk: int | None) -> Iterator[slice]:
-    rows = chunk or max(1, CHUNK_ELEMENTS // max(num_columns, 1))
+    rows = chunk_rows(num_rows, num_columns, chunk)
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))
+
+
+class Head:
+    """Logits of one chunk after the other, in one buffer: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self, weight_VD: Tensor, num_rows: int, chunk: int | None) -> None:
+        self.weight_VD = wide(weight_VD)
+        self.logits_CV = self.weight_VD.new_empty((chunk_rows(num_rows, len(weight_VD), chunk), len(weight_VD)))
+
+    def logits(self, x_CD: Tensor) -> Tensor:
+        return torch.mm(x_CD, self.weight_VD.T, out=self.logits_CV[: len(x_CD)])
 
 
 def logprob_forward(
@@ -150,10 +165,10 @@ def head_logprob_forward(
     chunk: int | None,
     math: RowMath = TORCH,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight_VD = wide(weight_VD)
-    out_3N = weight_VD.new_empty((3, len(hidden_ND)))
+    head = Head(weight_VD, len(hidden_ND), chunk)
+    out_3N = head.weight_VD.new_empty((3, len(hidden_ND)))
     for rows in chunks(len(hidden_ND), len(weight_VD), chunk):
-        parts = math.softmax(wide(hidden_ND[rows]) @ weight_VD.T, targets_N[rows], temperature, True)
+        parts = math.softmax(head.logits(wide(hidden_ND[rows])), targets_N[rows], temperature, True)
         out_3N[:, rows] = torch.stack(parts[2:])
     return out_3N[0], out_3N[1], out_3N[2]
 
@@ -172,12 +187,12 @@ def head_logprob_backward(
     need_weight: bool,
     math: RowMath = TORCH,
 ) -> tuple[Tensor | None, Tensor | None]:
-    wide_VD = wide(weight_VD)
+    head = Head(weight_VD, len(hidden_ND), chunk)
     grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
-    grad_weight_VD = torch.zeros_like(wide_VD) if need_weight else None
+    grad_weight_VD = torch.zeros_like(head.weight_VD) if need_weight else None
     for rows in chunks(len(hidden_ND), len(weight_VD), chunk):
         x_CD = wide(hidden_ND[rows])
-        dz_CV = x_CD @ wide_VD.T
+        dz_CV = head.logits(x_CD)
         math.gradient(
             dz_CV,
             targets_N[rows],
@@ -189,7 +204,7 @@ def head_logprob_backward(
             dz_CV,
         )
         if grad_hidden_ND is not None:
-            grad_hidden_ND[rows] = (dz_CV @ wide_VD).to(grad_hidden_ND.dtype)
+            grad_hidden_ND[rows] = (dz_CV @ head.weight_VD).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD.addmm_(dz_CV.T, x_CD)
     return grad_hidden_ND, grad_weight_VD
@@ -244,15 +259,16 @@ def ppo_head(
     """
     kept_M = None if mask_N is None else mask_N.nonzero().squeeze(1)
     clip = (clip_low, clip_high, dual_clip, behaviour_cap)
-    wide_VD = wide(weight_VD)
-    logprobs_N, entropy_N = wide_VD.new_zeros((2, len(hidden_ND))).unbind()
+    num_rows = len(hidden_ND) if kept_M is None else len(kept_M)
+    head = Head(weight_VD, num_rows, chunk)
+    logprobs_N, entropy_N = head.weight_VD.new_zeros((2, len(hidden_ND))).unbind()
     new_hidden = torch.empty_like if kept_M is None else torch.zeros_like
     grad_hidden_ND = new_hidden(hidden_ND) if need_hidden else None
-    grad_weight_VD = torch.zeros_like(wide_VD) if need_weight else None
-    for span in chunks(len(hidden_ND) if kept_M is None else len(kept_M), len(weight_VD), chunk):
+    grad_weight_VD = torch.zeros_like(head.weight_VD) if need_weight else None
+    for span in chunks(num_rows, len(weight_VD), chunk):
         rows = span if kept_M is None else kept_M[span]
         x_CD, targets_C = wide(hidden_ND[rows]), targets_N[rows]
-        softmax = math.softmax(x_CD @ wide_VD.T, targets_C, temperature, True)
+        softmax = math.softmax(head.logits(x_CD), targets_C, temperature, True)
         logprobs_N[rows], entropy_N[rows] = softmax.logprobs_C, softmax.entropy_C
         if not (need_hidden or need_weight):
             continue
@@ -270,7 +286,7 @@ def ppo_head(
         e_CV = softmax.exp_CV.scatter_add_(1, targets_C[:, None], -softmax.total_C[:, None])
         in_place = kept_M is None and hidden_ND.dtype == e_CV.dtype
         out_CD = grad_hidden_ND[rows] if grad_hidden_ND is not None and in_place else None
-        dx_CD = _products(e_CV, factor_C1, x_CD, wide_VD, out_CD, grad_weight_VD, need_hidden)
+        dx_CD = _products(e_CV, factor_C1, x_CD, head.weight_VD, out_CD, grad_weight_VD, need_hidden)
         if grad_hidden_ND is not None and dx_CD is not None and not in_place:
             grad_hidden_ND[rows] = dx_CD.to(grad_hidden_ND.dtype)
     loss, _, stats = math.policy(
