@@ -28,21 +28,31 @@ class Differencing {
       : k_(num_ranks), costs_(costs), next_(costs.size(), -1), joined_(k_), place_(k_), order_(k_) {}
 
   Ranks solve() {
-    std::vector<Entry> heap;
-    heap.reserve(costs_.size());
-    for (size_t i = 0; i < costs_.size(); ++i) heap.push_back({costs_[i], static_cast<Index>(i), static_cast<Index>(~i)});
-    std::make_heap(heap.begin(), heap.end());
-    for (auto born = static_cast<Index>(heap.size()); heap.size() > 1; ++born) {
-      const Entry left = heap.front();
-      std::pop_heap(heap.begin(), heap.end());
-      heap.pop_back();
-      const Entry right = heap.front();
+    // Items need no heap: they are all there from the start, so sorting them once is enough.
+    std::vector<Entry> items;
+    items.reserve(costs_.size());
+    for (size_t i = 0; i < costs_.size(); ++i) items.push_back({costs_[i], static_cast<Index>(i), static_cast<Index>(~i)});
+    std::sort(items.begin(), items.end(), [](const Entry& a, const Entry& b) { return b < a; });
+    std::vector<Entry> rows;  // a heap
+    size_t taken = 0;
+    const auto take = [&] {
+      if (rows.empty() || (taken < items.size() && rows.front() < items[taken])) return items[taken++];
+      const Entry top = rows.front();
+      std::pop_heap(rows.begin(), rows.end());
+      rows.pop_back();
+      return top;
+    };
+    const auto count = static_cast<Index>(items.size());
+    for (Index joined = 1; joined < count; ++joined) {
+      const Entry left = take(), right = take();
       const Index row = join(left.where, right.where);
       const Slot* slots = slots_of(row);
-      replace_top(heap, {slots[k_ - 1].sum - slots[0].sum, born, row});
+      rows.push_back({slots[k_ - 1].sum - slots[0].sum, count + joined - 1, row});
+      std::push_heap(rows.begin(), rows.end());
     }
+    const Entry last = take();
     Ranks ranks(k_);
-    const Slot* slots = slots_of(as_row(heap.front().where));
+    const Slot* slots = slots_of(as_row(last.where));
     for (size_t s = 0; s < k_; ++s)
       for (Index i = slots[s].head; i >= 0; i = next_[static_cast<size_t>(i)]) ranks[s].push_back(i);
     return ranks;
@@ -64,18 +74,6 @@ class Differencing {
   };
 
   static constexpr size_t kCountingRanks = 48;
-
-  // Instead of a pop and a push: one way down.
-  static void replace_top(std::vector<Entry>& heap, Entry entry) {
-    size_t hole = 0;
-    for (size_t child = 1; child < heap.size(); child = 2 * hole + 1) {
-      if (child + 1 < heap.size() && heap[child] < heap[child + 1]) ++child;
-      if (!(entry < heap[child])) break;
-      heap[hole] = heap[child];
-      hole = child;
-    }
-    heap[hole] = entry;
-  }
 
   Slot* slots_of(Index row) { return &pool_[static_cast<size_t>(row) * k_]; }
 
