@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from orz_async.config import BrokerConfig, CheckpointConfig, Config, EvalConfig, LearnerConfig, ModelConfig
-from orz_async.learner.model import build_critic, load_policy
+from orz_async.learner.batch import make_microbatch, make_step_batch
+from orz_async.learner.model import Policy, build_critic, load_policy
 from orz_async.learner.parallel import World
 from orz_async.learner.trainer import Trainer
 from orz_async.records import Span, Trajectory, float32_bytes, int32_bytes
@@ -141,6 +142,17 @@ def rollouts(count: int, *, seed: int = 0, version: int = 0, max_lag: int = 0) -
 
 def with_sampled(made: Trajectory, logprobs: np.ndarray[Any, Any]) -> Trajectory:
     return msgspec.structs.replace(made, logprobs=float32_bytes(logprobs))
+
+
+def sampled_by(policy: Policy, made: list[Trajectory], *, noise: float) -> list[Trajectory]:
+    """The same tokens with the log-probs this policy gives them, moved a little as by a policy some steps older."""
+    batch = make_step_batch(made, version=max(t.spans[-1].version for t in made), max_lag=1, share_prompts=False)
+    micro = make_microbatch(batch, range(len(made)), torch.device("cpu"))
+    with torch.no_grad():
+        logprobs_M, _ = policy(micro, temperature=1.0)
+    moved_M = logprobs_M.numpy() + np.random.default_rng(len(made)).normal(0.0, noise, len(logprobs_M))
+    parts = np.split(np.minimum(moved_M, 0.0), batch.cu_responses_B1[1:-1])
+    return [with_sampled(t, part) for t, part in zip(made, parts, strict=True)]
 
 
 def changed(base: Config, **learner: Any) -> Config:

@@ -17,6 +17,7 @@ from orz_async.config import Config
 from orz_async.learner import checkpoint
 from orz_async.learner.durable import Identity
 from orz_async.learner.export import export
+from orz_async.learner.model import load_policy
 from orz_async.learner.parallel import World, full_parameters
 from orz_async.learner.trainer import Trainer
 
@@ -38,10 +39,12 @@ def config_of(case: str, folder: Path) -> Config:
 
 
 def train(trainer: Trainer, case: str, steps: range) -> list[float]:
-    """Everything the updates say of themselves."""
+    """Everything the updates say of themselves, on rollouts that the model may have sampled: ratios are near 1."""
+    base = load_policy(trainer.config.model.path)
     told: list[float] = []
     for version in steps:
-        step = trainer.begin(kit.rollouts(CASES[case][0], seed=version, version=version, max_lag=1))
+        made = kit.rollouts(CASES[case][0], seed=version, version=version, max_lag=1)
+        step = trainer.begin(kit.sampled_by(base, made, noise=0.1))
         policy, table = trainer.update_policy(step)
         critic = trainer.update_critic(step)
         told += policy.losses + critic.losses + policy.grad_norms + critic.grad_norms + list(policy.stats.values())
