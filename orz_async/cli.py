@@ -97,10 +97,12 @@ def run(argv: list[str]) -> int:
 
         print(dry_run(config, int(ranks)))
         return 0
+    from orz_async.launcher.inputs import check_inputs
     from orz_async.launcher.launch import launch
     from orz_async.launcher.limits import Limits
     from orz_async.launcher.run_folder import Mode
 
+    check_inputs(config)
     mode = Mode.OVERWRITE if overwrite else Mode.RESUME if resume else Mode.CONTINUE
     return launch(config, mode=mode, ranks=int(ranks), limits=Limits(drain_s=drain_s))
 

@@ -4,6 +4,7 @@ consumes  a configuration, exits and exit records of its children, signals; RUN/
 produces  RUN/config.toml, RUN/versions.json, RUN/logs/, the child processes, their restarts, and at the end the summary
 
     commands.py    the command line and environment of every child: what --dry-run prints
+    inputs.py      are model and problems usable? looked at before anything is started
     run_folder.py  may this run use this folder? new, resumed, or refused with the way out
     children.py    one child: started, bound to our life, signalled, read back
     limits.py      how often, how long: every bound of the supervisor, and the backoff

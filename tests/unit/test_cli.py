@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import learner_kit as kit
 import pytest
 
 from orz_async import cli
 from orz_async.config_toml import from_toml
-from orz_async.errors import ConfigError
+from orz_async.errors import ConfigError, DataError, ModelError
 from orz_async.observe.progress import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,16 @@ def test_an_unknown_command_suggests_the_nearest() -> None:
 def test_wrong_words_are_explained(words: str, parts: str) -> None:
     with pytest.raises(ConfigError, match=parts):
         cli.dispatch(words.split())
+
+
+def test_a_wrong_input_costs_a_sentence_and_starts_nothing(tmp_path: Path) -> None:
+    words = ["run", "tiny_cpu", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ModelError, match=r"model\.path: expected a directory .* found no directory .*no/such/model"):
+        cli.dispatch([*words, "--model.path", "no/such/model"])
+    model = kit.save_model(tmp_path / "model")
+    with pytest.raises(DataError, match=r"no/such\.jsonl: expected a readable file of problems"):
+        cli.dispatch([*words, "--model.path", str(model), "--data.train", "no/such.jsonl"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_are_taken_wherever_they_stand() -> None:
