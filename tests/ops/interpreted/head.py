@@ -208,8 +208,9 @@ def test_no_row_counts():
     assert stats[0] == 0
 
 
-def test_only_what_is_needed():
-    p = problem(5, 40, 16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_is_needed(dtype):
+    p = problem(5, 40, 16, dtype)
     args = (p["hidden"], p["weight"], p["targets"], p["sampled"], p["advantages"], None, None, torch.tensor(7.0))
     full = run(p)
     for need in ((True, False), (False, True), (False, False)):
