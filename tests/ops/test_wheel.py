@@ -18,14 +18,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = ("orz_async", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md")
 
-pytestmark = pytest.mark.slow
+# Half a minute of one core each; much more where others work too.
+PATIENCE = 900
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 
 def run(*command: str | Path, cwd: Path = Path("/"), **extra: str) -> subprocess.CompletedProcess[str]:
     """In a folder without the package, with nothing of the checkout on the path."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ORZ_BACKEND", "CUDACXX", "CUDA_PATH")}
     line = [str(word) for word in command]
-    return subprocess.run(line, cwd=cwd, env=kept | extra, capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run(
+        line, cwd=cwd, env=kept | extra, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
 
 
 @pytest.fixture
