@@ -3,22 +3,28 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.9.0
+# The older of the two versions that every kernel must compile with, in a folder of its own: what torch 2.11 comes with.
+TRITON_OLD ?= triton==3.6.0
 BIN    := $(VENV)/bin
 SEED   ?= 0
 ARGS   ?=
 STAMP  := $(VENV)/.installed
+OLDER  := .cache/$(subst ==,-,$(TRITON_OLD))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 
+COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check sanitize bench clean
+.PHONY: help dev demo test check compile-check sanitize wheel-check bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      install, build, make a tiny base model, train it asynchronously, print the result"
 	@echo "make test      install, build, run the tests"
 	@echo "make check     ruff, ruff format, mypy --strict, kernel compile check, tests: what a commit needs"
-	@echo "make sanitize  C++ under address and undefined-behaviour sanitizers"
+	@echo "make compile-check  every GPU kernel to Hopper machine code with two Tritons and nvcc; a spill fails"
+	@echo "make sanitize  C++ under address, undefined-behaviour and thread sanitizers"
+	@echo "make wheel-check    build a wheel (under 60 s), install it into an empty environment, use it"
 	@echo "make bench     CPU benchmarks, results into benchmarks/results/"
 
 dev: $(STAMP)
@@ -37,15 +43,26 @@ demo: dev
 test: dev
 	$(PYTEST) $(ARGS)
 
-check: dev
+$(OLDER)/.installed: | $(STAMP)
+	rm -rf $(OLDER)
+	$(BIN)/python -m pip install -q --no-deps --target $(OLDER) $(TRITON_OLD)
+	touch $@
+
+check: dev $(OLDER)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=kernels $(BIN)/python kernels/compile_check.py
+	$(COMPILE_CHECK)
 	$(PYTEST) $(ARGS)
+
+compile-check: dev $(OLDER)/.installed
+	$(COMPILE_CHECK) $(ARGS)
 
 sanitize: dev
 	bash csrc/sanitize.sh $(abspath $(BIN)/python)
+
+wheel-check: dev
+	$(BIN)/python -m pytest -q -s -m slow tests/ops/test_wheel.py
 
 bench: dev
 	$(BIN)/python -m benchmarks.run cpu $(ARGS)

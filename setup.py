@@ -17,12 +17,18 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def remove_libraries(folder: Path) -> None:
+    for library in folder.glob("liborz_cuda.*"):
+        library.unlink()
+
+
 class CMakeBuild(build_ext):
     """One CMake project makes the extension and, where there is an nvcc, the library of GPU kernels beside it."""
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs: also what is no Python extension."""
         super().copy_extensions_to_source()
+        remove_libraries(ROOT / "orz_async")
         for library in (Path(self.build_lib) / "orz_async").glob("liborz_cuda.*"):
             shutil.copy2(library, ROOT / "orz_async")
 
@@ -40,6 +46,8 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DORZ_CUDA={cuda}"]
         configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={package}"]
+        # An earlier build with ORZ_CUDA=ON may have left its library where the wheel is made.
+        remove_libraries(package)
         jobs = str(self.parallel or os.cpu_count() or 1)
         for command in (configure, [cmake, "--build", str(build), "-j", jobs], [cmake, "--install", str(build)]):
             # The compiler has said what is wrong; a Python traceback below it would only hide that.

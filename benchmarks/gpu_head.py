@@ -1,4 +1,4 @@
-"""The LM-head ops on a GPU: ppo_head and head_logprob against float64, and against what people use today."""
+"""The LM-head ops on a GPU: ppo_head and head_logprob against float64 and against the ceilings."""
 
 from __future__ import annotations
 
@@ -100,54 +100,6 @@ def check(bench: Bench) -> None:
             bench.check(f"ppo_head {variant}", "rows hidden by a mask", float(masked[1][~mask].abs().max()), 0.0)
 
 
-def eager_step(hidden: Tensor, weight: Tensor, targets: Tensor, sampled: Tensor, advantages: Tensor) -> Tensor:
-    """What people write: a chunk of bfloat16 logits, float32 log-softmax, PPO loss; no entropy, no statistics."""
-    log_p = torch.log_softmax((hidden @ weight.T).float(), 1)
-    ratio = (log_p.gather(1, targets[:, None]).squeeze(1) - sampled).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
-
-
-def eager(p: dict[str, Tensor], step: Callable[..., Any] = eager_step) -> Thunk:
-    leaves = p | {k: p[k].detach().requires_grad_() for k in ("hidden", "weight")}
-    rows = len(p["hidden"])
-
-    def whole() -> None:
-        leaves["hidden"].grad = leaves["weight"].grad = None
-        for start in range(0, rows, EAGER_ROWS):
-            at = slice(start, start + EAGER_ROWS)
-            rest = (leaves[k][at] for k in ("targets", "sampled", "advantages"))
-            (step(leaves["hidden"][at], leaves["weight"], *rest) / rows).backward()
-
-    return whole
-
-
-def peers(bench: Bench, p: dict[str, Tensor]) -> dict[str, Thunk]:
-    """Fused linear cross-entropies. They have no PPO, no statistics and no entropy: less work than ours."""
-    found: dict[str, Thunk] = {}
-    hidden, weight = (p[k].detach().requires_grad_() for k in ("hidden", "weight"))
-
-    def differentiated(loss: Callable[..., Any]) -> Thunk:
-        def step() -> None:
-            hidden.grad = weight.grad = None
-            loss(hidden, weight, p["targets"]).backward()
-
-        return step
-
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-
-        found["liger (cross-entropy only)"] = differentiated(liger)
-    except ImportError as error:
-        print(f"  liger-kernel is not here: {error}")
-    try:
-        from cut_cross_entropy import linear_cross_entropy as cut
-
-        found["cut-cross-entropy"] = differentiated(cut)
-    except ImportError as error:
-        print(f"  cut-cross-entropy is not here: {error}")
-    return {} if bench.dry else found
-
-
 def ours(bench: Bench, p: dict[str, Tensor]) -> dict[str, Thunk]:
     from orz_kernels import head
 
@@ -159,19 +111,25 @@ def ours(bench: Bench, p: dict[str, Tensor]) -> dict[str, Thunk]:
     return found
 
 
+SHAPES = ((32_768, 151_936, 3584), (32_768, 151_936, 896))
+TINY = ((9, 200, 32),)
+
+
 def ppo_head(bench: Bench) -> None:
     """Forward and backward, PPO, entropy and statistics included, at the widths of a 7B and of a 0.5B model."""
-    for rows, vocab, width in [(9, 200, 32)] if bench.dry else [(32_768, 151_936, 3584), (32_768, 151_936, 896)]:
+    for rows, vocab, width in TINY if bench.dry else SHAPES:
         name, flop = f"ppo_head {rows}x{vocab}x{width}", 6.0 * rows * vocab * width
         with bench.guarded(name):
             p = problem(bench, rows, vocab, width)
             bench.compare(name, ours(bench, p), flop=flop, repeats=7)
-            bench.peak(name, "library", lambda p=p: run(bench, p, variant="library"))  # type: ignore[misc]
-            bench.peak(name, "fused", lambda p=p: run(bench, p, variant="fused"))  # type: ignore[misc]
-            _public(bench, name, p, flop)
-            others = {"eager, chunked": eager(p), "torch.compile, chunked": eager(p, bench.compiled(eager_step))}
-            bench.compare(name, others | peers(bench, p), flop=flop, repeats=3)
+            for variant in ("library", "fused"):
+                with bench.guarded(f"{name} memory of {variant}"):
+                    bench.peak(name, variant, lambda p=p, v=variant: run(bench, p, variant=v))  # type: ignore[misc]
+            with bench.guarded(f"{name} through orz_async.ops"):
+                _public(bench, name, p, flop)
             del p
+        with bench.guarded(f"{name} memory"):
+            bench.forget()
 
 
 def _public(bench: Bench, name: str, p: dict[str, Tensor], flop: float) -> None:
@@ -235,4 +193,4 @@ def head_logprob(bench: Bench) -> None:
     )
 
 
-SECTIONS: dict[str, tuple[Callable[[Bench], None], ...]] = {"head": (check, products, ppo_head, head_logprob)}
+SECTIONS: dict[str, tuple[Callable[[Bench], None], ...]] = {"head": (check, ppo_head, products, head_logprob)}

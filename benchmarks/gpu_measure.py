@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from torch import Tensor
 from benchmarks.protocol import Row, row
 
 Thunk = Callable[[], object]
+NOT_RUN = "not run: out of time"
+
+
+class OutOfTime(Exception):
+    """What was to begin after the deadline."""
 
 
 @dataclass
@@ -29,6 +36,8 @@ class Bench:
     copy_tbs: float = float("nan")
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    keep: Callable[[], None] = lambda: None
+    """Called whenever there is more to keep."""
 
     @property
     def device(self) -> torch.device:
@@ -43,17 +52,25 @@ class Bench:
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """A process edge: on a lent GPU one op that fails must not cost the others their measurements."""
-        if time.monotonic() > self.deadline:
-            self.problem(what, "not run: out of time")
-            return
+        """A process edge: on a lent GPU one op that fails must not cost the others their measurements.
+
+        Past the deadline it raises OutOfTime, which the one around it reports: a body cannot be skipped from here.
+        """
+        if self.late():
+            raise OutOfTime(what)
         try:
             yield
+        except OutOfTime as error:
+            self.problem(f"{what}: {error}", NOT_RUN)
         except Exception:
             self.problem(what, traceback.format_exc(limit=4))
 
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
     def problem(self, what: str, text: str) -> None:
         self.problems.append(f"{what}: {text}")
+        self.keep()
         print(f"PROBLEM {what}: {text}", file=sys.stderr, flush=True)
 
     def check(self, name: str, what: str, error: float, cap: float) -> None:
@@ -63,6 +80,7 @@ class Bench:
         self.rows.append(row(name, what, "error", [error], cap=cap, passed=passed))
         if not passed:
             self.problems.append(f"{name}: {what} {error:.4g} is over the cap {cap:.4g}")
+        self.keep()
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -94,16 +112,27 @@ class Bench:
         """Median milliseconds of each variant, in turn; each makes `calls` calls of `flop` and `moved` bytes."""
         alive: dict[str, Thunk] = {}
         for variant, thunk in variants.items():
+            if self.late():
+                self.problem(f"{name} {variant}", NOT_RUN)
+                continue
             with self.guarded(f"{name} {variant}"):
                 for _ in range(0 if self.dry else 3):
                     thunk()
                 self.synchronize()
                 alive[variant] = thunk
         times: dict[str, list[float]] = {variant: [] for variant in alive}
-        for _ in range(1 if self.dry else repeats):
-            for variant, thunk in alive.items():
-                times[variant].append(self.once(thunk, calls))
-        return {k: self._report(name, k, values, flop, moved) for k, values in times.items()}
+        for turn in range(1 if self.dry else repeats):
+            # Once is enough when time runs out: what has been measured is worth more than its spread.
+            if turn and self.late():
+                break
+            for variant, thunk in list(alive.items()):
+                try:
+                    times[variant].append(self.once(thunk, calls))
+                except Exception:
+                    # A process edge, as in `guarded`: one that runs out of memory now and then leaves the comparison.
+                    self.problem(f"{name} {variant}", traceback.format_exc(limit=4))
+                    del alive[variant]
+        return {k: self._report(name, k, values, flop, moved) for k, values in times.items() if values}
 
     def _report(self, name: str, variant: str, values: list[float], flop: float, moved: float) -> float:
         median = statistics.median(values)
@@ -119,7 +148,22 @@ class Bench:
         self.rows.append(row(name, variant, "ms", values, flop=flop, bytes=moved, **notes))
         text = "  ".join(f"{k} {v:.4g}" for k, v in notes.items())
         print(f"  {name:<34} {variant:<26} {median:>10.4f} ms  {text}", flush=True)
+        self.keep()
         return median
+
+    def graphs(self, variants: Mapping[str, list[Thunk]]) -> dict[str, Thunk]:
+        """`graphed`, one by one: what cannot be captured is reported and left out."""
+        found: dict[str, Thunk] = {}
+        for name, calls in variants.items():
+            with self.guarded(f"graph of {name}"):
+                found[name] = self.graphed(calls)
+        return found
+
+    def forget(self) -> None:
+        """Give cached memory back, and notice here if the device is no longer usable."""
+        if not self.dry:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def graphed(self, calls: list[Thunk]) -> Thunk:
         """One thunk that makes all calls back to back from a CUDA graph: microseconds, without the host's launches.
@@ -156,6 +200,15 @@ class Bench:
         taken = (torch.cuda.max_memory_allocated() - before) / 1e9
         print(f"  {name:<34} {variant:<26} {taken:>10.3f} GB more", flush=True)
         self.rows.append(row(name, variant, "GB", [taken]))
+
+    def peer(self, module: str) -> Any:
+        """A package people use, or None: one that is absent, or broken beside this torch, is said and passed over."""
+        try:
+            return importlib.import_module(module)
+        except Exception as error:
+            # A process edge, as in `guarded`: what a package of others raises at import is not known beforehand.
+            print(f"  {module} is not compared with: {type(error).__name__}: {error}", flush=True)
+            return None
 
     def compiled(self, function: Callable[..., object]) -> Callable[..., object]:
         """torch.compile; in a dry run the function itself, since importing the compiler alone takes seconds."""

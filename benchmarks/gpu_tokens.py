@@ -58,7 +58,7 @@ def gae(bench: Bench) -> None:
     starts = ragged(bench, n)
     mask = torch.rand(n, device=bench.device) < 0.9
     boot = bench.randn(len(starts) - 1)
-    variants: dict[str, Thunk] = {}
+    variants: dict[str, list[Thunk]] = {}
     for name, backend in backends(bench).items():
         with bench.guarded(f"gae {name}"):
             for gamma, lam, m, b in ((1.0, 1.0, None, None), (0.99, 0.95, mask, boot)):
@@ -71,8 +71,8 @@ def gae(bench: Bench) -> None:
                 again = [backend.gae(*sets[0], starts, gamma, lam, m, b) for _ in range(bench.size(20, 1))]
                 same = all(torch.equal(x[0], found[0]) for x in again)
                 bench.check(f"gae {name}", "runs that differ", float(not same), 0.0)
-            variants[name] = bench.graphed([_call(backend.gae, *x, starts, 0.99, 0.95, None, None) for x in sets])
-    bench.compare("gae 1M tokens", variants, moved=16.0 * n, calls=len(sets))
+            variants[name] = [_call(backend.gae, *x, starts, 0.99, 0.95, None, None) for x in sets]
+    bench.compare("gae 1M tokens", bench.graphs(variants), moved=16.0 * n, calls=len(sets))
     bench.compare(
         "gae 1M tokens", {"reference (eager)": _call(reference.gae, *sets[0], starts, 0.99, 0.95, None, None)}
     )
@@ -85,7 +85,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Thunk:
 def whiten(bench: Bench) -> None:
     n = bench.size(2**20, 500)
     sets = [bench.randn(n) + 100 for _ in range(bench.size(SETS, 1))]
-    triton = backends(bench)["triton"]
+    from orz_async.ops import triton
 
     def eager(x: Tensor) -> Tensor:
         return (x - x.mean()) * torch.rsqrt(x.var(correction=0) + 1e-8)
@@ -96,7 +96,7 @@ def whiten(bench: Bench) -> None:
 
     bench.check("whiten triton", "result", largest(ours(sets[0]), eager(sets[0].double())), 1e-4)
     functions = {"triton": ours, "eager": eager, "torch.compile": bench.compiled(eager)}
-    variants = {name: bench.graphed([_call(f, x) for x in sets]) for name, f in functions.items()}
+    variants = bench.graphs({name: [_call(f, x) for x in sets] for name, f in functions.items()})
     bench.compare("whiten 1M tokens", variants, moved=12.0 * n, calls=len(sets))
 
 
@@ -120,7 +120,7 @@ def losses(bench: Bench) -> None:
         gain = -advantages / n
         return torch.maximum(gain * ratio, gain * ratio.clamp(0.8, 1.2)).sum(), torch.where(flat, 0.0, gain * ratio)
 
-    variants: dict[str, Thunk] = {}
+    variants: dict[str, list[Thunk]] = {}
     for name, backend in backends(bench).items():
         with bench.guarded(f"losses {name}"):
             for op, args, rest in (("ppo_loss", sets[0][0], tail), ("value_loss", sets[0][1], value_tail)):
@@ -134,9 +134,8 @@ def losses(bench: Bench) -> None:
                 bench.check(
                     f"{op} {name}", "runs that differ", float(any(not torch.equal(x, found[2]) for x in again)), 0.0
                 )
-            calls = [_both(backend, p, v, tail, value_tail) for p, v in sets]
-            variants[name] = bench.graphed(calls)
-    bench.compare("ppo_loss + value_loss 1M", variants, moved=32.0 * n, calls=len(sets))
+            variants[name] = [_both(backend, p, v, tail, value_tail) for p, v in sets]
+    bench.compare("ppo_loss + value_loss 1M", bench.graphs(variants), moved=32.0 * n, calls=len(sets))
     compiled = bench.compiled(simple)
     plain: dict[str, Thunk] = {
         "reference (eager)": _both(reference, *sets[0], tail, value_tail),
@@ -151,7 +150,8 @@ def _both(backend: ModuleType, policy: Any, value: Any, tail: Any, value_tail: A
 
 def logprob(bench: Bench) -> None:
     """From materialised bfloat16 logits: one read forward, one read and one write backward."""
-    triton = backends(bench)["triton"]
+    from orz_async.ops import triton
+
     _check_logprob(bench, triton)
     n, vocab = bench.size(8192, 4), bench.size(151_936, 300)
     logits, targets = (
@@ -177,24 +177,17 @@ def logprob(bench: Bench) -> None:
     }
     bench.compare("logprob backward", backward, moved=2 * size)
     with bench.guarded("logprob liger"):
-        functional = _liger(bench)
-        if functional and not bench.dry:
+        functional = bench.peer("liger_kernel.transformers.functional")
+        if functional is not None and not bench.dry:
             leaf = logits.detach().requires_grad_()
 
             def liger() -> None:
+                # It writes the gradient over the logits in forward: from the second call on they are no logits, and
+                # take the same time.
                 leaf.grad = None
                 functional.liger_cross_entropy(leaf, targets).backward()
 
             bench.compare("logprob forward + backward", {"liger (cross-entropy only)": liger}, moved=3 * size)
-
-
-def _liger(bench: Bench) -> Any:
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError as error:
-        print(f"  liger-kernel is not here: {error}")
-        return None
-    return functional
 
 
 def _check_logprob(bench: Bench, triton: ModuleType) -> None:

@@ -47,12 +47,14 @@ def main() -> None:
     parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "async"])
     parser.add_argument("--only", nargs="*", default=[], help=f"parts of the cpu suite: {', '.join(CPU_PARTS)}")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
+    parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
     options = parser.parse_args()
     if options.compare:
         print(compare(*options.compare))
     elif options.suite == "gpu":
-        importlib.import_module("benchmarks.gpu_ops").run(options.out)
+        problems: int = importlib.import_module("benchmarks.gpu_ops").run(options.out, options.dry_run)
+        raise SystemExit(1 if problems else 0)
     elif options.suite == "async":
         rows = importlib.import_module("benchmarks.overlap").run()
         print(table(rows))

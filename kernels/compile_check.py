@@ -1,16 +1,23 @@
 """Compile every GPU kernel for Hopper on a machine without a GPU, and refuse a register spill.
 
-    python kernels/compile_check.py [--only triton|cuda]
+    python kernels/compile_check.py [--only triton|cuda] [--also FOLDER ...] [--fresh]
 
 Triton: the ops run on small CPU tensors while `launching.recording` catches what they would launch, and each distinct
-kernel and specialisation is compiled to an sm_90a cubin. CUDA C++: nvcc for sm_90a with -Xptxas -v. A table of
-registers, shared memory and spills follows. The exit code is 1 if a kernel spills, does not fit, or lost its matrix
-instructions, or if there is no Triton; without an nvcc the CUDA C++ part is left out, and says so.
+kernel and specialisation is compiled to an sm_90a cubin. With every Triton version: the installed one, and one for each
+FOLDER that `pip install --no-deps --target FOLDER triton==VERSION` filled; each in a process of its own, side by side.
+CUDA C++: nvcc for sm_90a with -Xptxas -v. A table of registers, shared memory and spills follows. The exit code is 1 if
+a kernel spills, does not fit, or lost its matrix instructions, or if there is no Triton; without an nvcc the CUDA C++
+part is left out, and says so.
+
+Results are kept in .cache/compile_check under a hash of what they depend on, compilers and sources; --fresh ignores
+what is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +38,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 # Shared memory that one block may use on compute capability 9.0.
 MOST_SHARED = 227 * 1024
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
+KEPT = ROOT / ".cache" / "compile_check"
+# Seconds; a version of Triton takes one minute of one core.
+PATIENCE = 900
 
 
 @dataclass(frozen=True)
@@ -243,43 +253,110 @@ def demangled(symbol: str) -> str:
     return found[1].replace("orz::", "") if found else symbol
 
 
-def triton_rows() -> Iterator[Row]:
+def triton_rows() -> list[Row]:
+    cuobjdump = disassembler()
+    return [compile_triton(kernel, args, meta, cuobjdump) for kernel, args, meta in record().values()]
+
+
+def cuda_rows(nvcc: str) -> list[Row]:
+    return [row for source in sorted(CUDA_SOURCES.glob("*.cu")) for row in compile_cuda(source, nvcc)]
+
+
+def kept(compiler: str, sources: list[Path], fresh: bool, rows: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of an earlier run with the same compiler and sources, or new ones."""
+    digest = hashlib.sha256(f"{compiler} {sys.version}".encode())
+    for source in sorted([*sources, Path(__file__)]):
+        digest.update(f"{source.name} {source.stat().st_size} ".encode() + source.read_bytes())
+    file = KEPT / f"{digest.hexdigest()[:32]}.json"
+    if file.exists() and not fresh:
+        print(f"{compiler}, sm_90a (nothing has changed since it was compiled)")
+        return [Row(**row) for row in json.loads(file.read_text())]
+    print(f"{compiler}, sm_90a", flush=True)
+    made = rows()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps([asdict(row) for row in made]))
+    unfinished.replace(file)
+    return made
+
+
+def check_triton(fresh: bool) -> list[Row]:
     try:
         import triton
     except ImportError:
         raise SystemExit(
             "compile_check: expected the package triton, found none; pip install --no-deps triton"
         ) from None
-    print(f"triton {triton.__version__}, sm_90a")
-    cuobjdump = disassembler()
-    for kernel, args, meta in record().values():
-        yield compile_triton(kernel, args, meta, cuobjdump)
+    sources = list((ROOT / "kernels" / "orz_kernels").glob("*.py"))
+    return kept(f"triton {triton.__version__}", sources, fresh, triton_rows)
 
 
-def cuda_rows() -> Iterator[Row]:
+def check_cuda(fresh: bool) -> list[Row]:
     nvcc = shutil.which("nvcc")
     if not nvcc:
         print("compile_check: no nvcc on PATH: the CUDA C++ kernels are not compiled", file=sys.stderr)
-        return
-    print("nvcc, sm_90a")
-    for source in sorted(CUDA_SOURCES.glob("*.cu")):
-        yield from compile_cuda(source, nvcc)
+        return []
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\w.]+)", said)
+    compiler = f"nvcc {release[1] if release else said}"
+    return kept(compiler, list(CUDA_SOURCES.iterdir()), fresh, partial(cuda_rows, nvcc))
+
+
+def report(rows: list[Row]) -> int:
+    """Print the table; 1 if a kernel has a problem."""
+    if rows:
+        print(HEADER)
+    for row in rows:
+        print(row.text())
+    problems = sum(bool(row.problem) for row in rows)
+    if rows:
+        print(f"{problems} of {len(rows)} kernels with a problem" if problems else f"{len(rows)} kernels, no spills")
+    return int(problems > 0)
+
+
+class Child:
+    """One version of Triton in a process of its own: a process imports a package once."""
+
+    def __init__(self, folder: Path | None, fresh: bool) -> None:
+        if folder is not None and not (folder / "triton").is_dir():
+            raise SystemExit(
+                f"compile_check: --also {folder}: expected a folder with the package triton in it, found none; "
+                f"pip install --no-deps --target {folder} triton==VERSION"
+            )
+        self.folder = folder
+        before = [str(folder)] if folder else []
+        path = os.pathsep.join([*before, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, __file__, "--only", "triton", "--here", *(["--fresh"] if fresh else [])]
+        self.process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(self) -> int:
+        """Its output and its exit code, 1 if it did not end in time."""
+        try:
+            print(self.process.communicate(timeout=PATIENCE)[0], end="", flush=True)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            print(f"compile_check: triton of {self.folder or 'this environment'} took more than {PATIENCE} s")
+            return 1
+        return self.process.returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["triton", "cuda"])
-    only = parser.parse_args().only
-    problems = 0
-    for name, rows in (("triton", triton_rows), ("cuda", cuda_rows)):
-        if only in (None, name):
-            for count, row in enumerate(rows()):
-                if not count:
-                    print(HEADER)
-                print(row.text(), flush=True)
-                problems += bool(row.problem)
-    print(f"{problems} kernels with a problem" if problems else "no spills")
-    return 1 if problems else 0
+    parser.add_argument("--also", type=Path, action="append", default=[], metavar="FOLDER")
+    parser.add_argument("--fresh", action="store_true", help="compile, whatever was compiled before")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        return report(check_triton(options.fresh))
+    folders = [None, *options.also] if options.only != "cuda" else []
+    children = [Child(folder, options.fresh) for folder in folders]
+    code = report(check_cuda(options.fresh)) if options.only != "triton" else 0
+    # A child that a signal ended has a negative exit code.
+    codes = [code, *(child.finish() for child in children)]
+    return int(any(codes))
 
 
 if __name__ == "__main__":

@@ -32,18 +32,24 @@ PLACES = (_HERE.parents[1] / "orz_async", _HERE.parents[2] / "orz_async", _HERE.
 
 
 def build(folder: Path = PLACES[-1]) -> Path:
-    """Compile csrc/cuda with nvcc, for a checkout that is not installed. The result opens without a GPU too."""
+    """Compile csrc/cuda with nvcc, for a checkout that is not installed, if what is there is older than its sources.
+
+    The result opens without a GPU too.
+    """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise ImportError("nvcc: expected the CUDA toolkit on PATH, found none; install it, or set ORZ_BACKEND=triton")
     folder.mkdir(parents=True, exist_ok=True)
+    built = folder / NAME
+    if built.exists() and built.stat().st_mtime > max(source.stat().st_mtime for source in SOURCES.iterdir()):
+        return built
     flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cudart", "static"]
     sources = [str(source) for source in sorted(SOURCES.glob("*.cu"))]
-    command = [nvcc, *flags, "--shared", "-Xcompiler", "-fPIC", "-o", str(folder / NAME), *sources]
+    command = [nvcc, *flags, "--shared", "-Xcompiler", "-fPIC", "-o", str(built), *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ImportError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return folder / NAME
+    return built
 
 
 def find() -> Path:

@@ -102,11 +102,12 @@ def compute(
     if index_M is not None:
         zeros_N = torch.zeros(num_rows, device=device)
         logprobs_N, entropy_N = (zeros_N.index_copy(0, index_M, x) for x in (logprobs_N, entropy_N))
-    nothing = torch.empty(0, device=device)
+    # Two tensors, not one twice: the results of a registered op may not be each other.
+    no_hidden, no_weight = torch.empty(0, dtype=dtype, device=device), torch.empty(0, device=device)
     return (
         loss,
-        nothing.to(dtype) if grad_hidden_ND is None else grad_hidden_ND,
-        nothing if grad_weight_VD is None else grad_weight_VD,
+        no_hidden if grad_hidden_ND is None else grad_hidden_ND,
+        no_weight if grad_weight_VD is None else grad_weight_VD,
         logprobs_N,
         entropy_N,
         stats_F,

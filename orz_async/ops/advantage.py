@@ -58,6 +58,8 @@ def moments(x_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
 
 def merge_moments(parts: Sequence[Tensor]) -> Tensor:
     """Chan et al. 1979, in the order given, so that every rank gets the same bits."""
+    for i, part in enumerate(parts):
+        checks.tensor(f"parts[{i}]", part, [3], [torch.float64], like=parts[0])
     total = torch.zeros(3, dtype=torch.float64) if not parts else parts[0]
     for part in parts[1:]:
         (n, mean, m2), (other_n, other_mean, other_m2) = total.unbind(), part.unbind()

@@ -75,6 +75,15 @@ def test_gae_of_the_longest_sequence_is_exact_at_one(host):
     assert torch.equal(found[0], found[1] - values)
 
 
+def test_gae_does_not_depend_on_the_block_and_repeats_bitwise(host):
+    rewards, values, starts = torch.randn(3000), torch.randn(3000), torch.tensor([0, 7, 900, 3000], dtype=torch.int32)
+    args = (rewards, values, starts, 0.99, 0.95, torch.rand(3000) < 0.9, torch.randn(3))
+    first = run_gae(host, *args, 512)
+    assert all(torch.equal(first, run_gae(host, *args, 512)) for _ in range(20))
+    for threads in (1, 3, 64):
+        assert float((run_gae(host, *args, threads) - first).abs().max()) <= 2e-5
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("dual", [None, 2.0])
 def test_ppo_loss(host, decoupled, dual):

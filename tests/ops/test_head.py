@@ -347,6 +347,60 @@ def test_head_logprob_and_its_gradient(temperature: float, chunk: int | None) ->
     assert ops_oracle.relative(weight.grad, exact[1].grad) <= 1e-5
 
 
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_head_logprob_over_vocabularies(vocabulary: int) -> None:
+    p = problem(5, vocabulary, 8)
+    hidden, weight = p["hidden_ND"].detach().requires_grad_(), p["weight_VD"].detach().requires_grad_()
+    logprobs, entropy = ops.head_logprob(hidden, weight, p["targets_N"], chunk=3)
+    mix = torch.randn(2, 5)
+    (logprobs * mix[0] + entropy * mix[1]).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want_logprobs, want_entropy = ops_oracle.logprob(exact[0] @ exact[1].T, p["targets_N"])
+    (want_logprobs * mix[0] + want_entropy * mix[1]).sum().backward()
+    assert float((logprobs.double() - want_logprobs).detach().abs().max()) <= 2e-5
+    assert float((entropy.double() - want_entropy).detach().abs().max()) <= 1e-4
+    for found, want in zip((hidden.grad, weight.grad), (exact[0].grad, exact[1].grad), strict=True):
+        # One class has no gradient, and an error relative to 0 says nothing.
+        assert float((found.double() - want).norm()) <= 2e-5 * max(float(want.norm()), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["shared direction", "all negative", "sixty", "minus a hundred"])
+def test_head_logprob_in_hard_cases(kind: str) -> None:
+    """What ppo_head is tried with, for the op that a proximal policy is computed with."""
+    scale = {"sixty": 20.0, "minus a hundred": 0.1}.get(kind, 1.0)
+    p = problem(40, 1000, 16, scale=scale, shift=4.0 if kind == "shared direction" else 0.0)
+    if kind == "all negative":  # columns past V, or a maximum that starts at 0, would show
+        p["hidden_ND"], p["weight_VD"] = p["hidden_ND"].abs() + 1, -p["weight_VD"].abs() - 0.5
+    if kind == "minus a hundred":
+        p["hidden_ND"][:, 0], p["weight_VD"][:, 0], p["weight_VD"][3, 0] = 10.0, 0.0, 10.0
+        p["targets_N"][:] = 5
+    hidden, weight = p["hidden_ND"].detach().requires_grad_(), p["weight_VD"].detach().requires_grad_()
+    logprobs, entropy = ops.head_logprob(hidden, weight, p["targets_N"], chunk=16)
+    logprobs.sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want_logprobs, want_entropy = ops_oracle.logprob(exact[0] @ exact[1].T, p["targets_N"])
+    want_logprobs.sum().backward()
+    assert float(want_logprobs.detach().max()) < -80 or kind != "minus a hundred"
+    assert float((logprobs.double() - want_logprobs).detach().abs().max()) <= 2e-5
+    assert float((entropy.double() - want_entropy).detach().abs().max()) <= 1e-4
+    assert ops_oracle.relative(hidden.grad, exact[0].grad) <= 1e-4
+    assert ops_oracle.relative(weight.grad, exact[1].grad) <= 1e-4
+
+
+def test_log_probs_repeat_bitwise() -> None:
+    p = problem(33, 500, 16)
+
+    def once() -> list[Tensor]:
+        hidden, weight = p["hidden_ND"].detach().requires_grad_(), p["weight_VD"].detach().requires_grad_()
+        straight = ops.head_logprob(hidden, weight, p["targets_N"], chunk=10)
+        logits = ops.logprob(hidden @ weight.T, p["targets_N"])
+        (sum(straight) + sum(logits)).sum().backward()
+        return [*(x.detach() for x in (*straight, *logits)), hidden.grad, weight.grad]
+
+    first = once()
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(first, once(), strict=True))
+
+
 def test_only_the_entropy_is_differentiated() -> None:
     hidden, weight = torch.randn(9, 5, requires_grad=True), torch.randn(11, 5)
     _, entropy = ops.head_logprob(hidden, weight, torch.zeros(9, dtype=torch.int64))
@@ -404,3 +458,45 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     ops.ppo_head(**good)
     with pytest.raises(ValueError, match=message):
         ops.ppo_head(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_NV": torch.zeros(4)}, r"logits_NV: expected shape \['any', 'any'\], found shape \[4\]"),
+        ({"logits_NV": torch.zeros(4, 6, dtype=torch.int64)}, "logits_NV: expected float32 or .*, found int64"),
+        ({"logits_NV": torch.zeros(6, 4).T}, "logits_NV: expected a contiguous tensor"),
+        ({"logits_NV": [[0.0] * 6] * 4}, "logits_NV: expected a torch.Tensor, found list"),
+        ({"targets_N": torch.tensor([0, 1, 2, 6])}, r"targets_N: expected indices in \[0, 6\), found 0 to 6"),
+        ({"targets_N": torch.zeros(3, dtype=torch.int64)}, r"targets_N: expected shape \[4\], found shape \[3\]"),
+        ({"targets_N": torch.zeros(4, dtype=torch.int64, device="meta")}, "targets_N: expected device cpu, found meta"),
+        ({"temperature": float("inf")}, "temperature: expected a positive finite number, found inf"),
+        (
+            {"logits_NV": torch.zeros(4, 6, requires_grad=True), "backward_in_place": True},
+            "backward_in_place: expected",
+        ),
+    ],
+)
+def test_bad_logits_are_named(change: dict[str, object], message: str) -> None:
+    good = {"logits_NV": torch.zeros(4, 6), "targets_N": torch.zeros(4, dtype=torch.int64)}
+    ops.logprob(**good)
+    with pytest.raises(ValueError, match=message):
+        ops.logprob(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_ND": torch.zeros(4, 3).double()}, "weight_VD: expected float64, found float32"),
+        ({"weight_VD": torch.zeros(6, 3, device="meta")}, "weight_VD: expected device cpu, found meta"),
+        ({"weight_VD": None}, "weight_VD: expected a torch.Tensor, found NoneType"),
+        ({"targets_N": torch.full((4,), 9)}, r"targets_N: expected indices in \[0, 6\), found 9 to 9"),
+        ({"temperature": -1.0}, "temperature: expected a positive finite number, found -1.0"),
+        ({"chunk": 2.0}, "chunk: expected an integer of at least 1, found 2.0"),
+    ],
+)
+def test_bad_heads_are_named(change: dict[str, object], message: str) -> None:
+    good = {"hidden_ND": torch.zeros(4, 3), "weight_VD": torch.zeros(6, 3), "targets_N": torch.zeros(4).long()}
+    ops.head_logprob(**good)
+    with pytest.raises(ValueError, match=message):
+        ops.head_logprob(**(good | change))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import ops_oracle
@@ -218,3 +219,72 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     ops.value_loss(**good)
     with pytest.raises(ValueError, match=message):
         ops.value_loss(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs_N": torch.zeros(4, 1)}, r"logprobs_N: expected shape \['any'\], found shape \[4, 1\]"),
+        ({"logprobs_N": torch.zeros(8)[::2]}, "logprobs_N: expected a contiguous tensor"),
+        ({"sampled_logprobs_N": torch.zeros(3)}, r"sampled_logprobs_N: expected shape \[4\], found shape \[3\]"),
+        ({"sampled_logprobs_N": torch.zeros(4, device="meta")}, "sampled_logprobs_N: expected device cpu, found meta"),
+        (
+            {"advantages_N": torch.tensor([0, 0, torch.inf, 0])},
+            "advantages_N: expected .*, found inf at index 2",
+        ),
+        ({"advantages_N": torch.zeros(4).int()}, "advantages_N: expected float32 or .*, found int32"),
+        ({"proximal_logprobs_N": torch.full((4,), torch.nan)}, "proximal_logprobs_N: expected finite numbers"),
+        ({"entropy_N": torch.zeros(5)}, r"entropy_N: expected shape \[4\]"),
+        ({"mask_N": torch.ones(3, dtype=torch.bool)}, r"mask_N: expected shape \[4\]"),
+        ({"clip_low": 1.5}, r"clip_low: expected a number in \[0.0, 1.0\], found 1.5"),
+        ({"clip_high": -0.2}, "clip_high: expected a number"),
+        ({"dual_clip": 1.1}, "dual_clip: expected a number in"),
+        ({"behaviour_cap": 2.0}, "behaviour_cap: expected proximal_logprobs_N beside it"),
+        ({"denominator": 0}, "denominator: expected a positive finite number, found 0"),
+    ],
+)
+def test_bad_policy_input_is_named(change: dict[str, object], message: str) -> None:
+    good = {name: torch.zeros(4) for name in ("logprobs_N", "sampled_logprobs_N", "advantages_N")} | {"denominator": 4}
+    ops.ppo_loss(**good)
+    with pytest.raises(ValueError, match=message):
+        ops.ppo_loss(**(good | change))
+
+
+def test_the_contract_of_names_and_order() -> None:
+    """What callers rely on: arguments in this order, the rest by name, and every statistic under its name."""
+    expected = {
+        ops.gae: "rewards_N values_N cu_seqlens_B1 * gamma lam mask_N bootstrap_B",
+        ops.whiten: "x_N mask_N * eps over group",
+        ops.logprob: "logits_NV targets_N * temperature backward_in_place",
+        ops.head_logprob: "hidden_ND weight_VD targets_N * temperature chunk",
+        ops.ppo_loss: "logprobs_N sampled_logprobs_N advantages_N * proximal_logprobs_N entropy_N clip_low clip_high "
+        "dual_clip behaviour_cap mask_N denominator",
+        ops.value_loss: "values_N old_values_N returns_N * clip mask_N denominator",
+        ops.ppo_head: "hidden_ND weight_VD targets_N sampled_logprobs_N advantages_N * temperature "
+        "proximal_logprobs_N clip_low clip_high dual_clip behaviour_cap mask_N denominator chunk",
+        ops.pack: "lengths_B * max_tokens num_ranks cost",
+        ops.delta_encode: "new old * threads",
+        ops.delta_apply: "tensor payload * threads",
+    }
+    for op, text in expected.items():
+        found, by_name = [], False
+        for parameter in inspect.signature(op).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and not by_name:
+                found.append("*")
+                by_name = True
+            found.append(parameter.name)
+        assert " ".join(found) == text, op.__name__
+    defaults = {k: p.default for k, p in inspect.signature(ops.ppo_head).parameters.items()}
+    assert (defaults["temperature"], defaults["clip_low"], defaults["clip_high"]) == (1.0, 0.2, 0.2)
+    assert [defaults[k] for k in ("dual_clip", "behaviour_cap", "mask_N", "chunk")] == [None] * 4
+    assert defaults["denominator"] is inspect.Parameter.empty
+    x = torch.zeros(3)
+    out = ops.ppo_head(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3).long(), x, x, denominator=3)
+    assert out._fields == ("loss", "logprobs_N", "entropy_N", "stats")
+    _, stats = ops.ppo_loss(x, x, x, denominator=3)
+    promised = {"tokens", "clip_low", "clip_high", "ratio_mean", "ratio_max", "ratio_min", "kl_k1", "kl_k3"}
+    promised |= {"weight_mean", "weight_capped", "entropy", "ess"}
+    for said in (PpoStats.finalise([stats]), PpoStats.finalise([out.stats])):
+        assert promised <= set(said)
+    _, stats = ops.value_loss(x, x, x, denominator=3)
+    assert {"tokens", "clipped", "error_rms", "explained_variance"} <= set(ValueStats.finalise([stats]))

@@ -2,10 +2,38 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orz_async import ops
 
 pytestmark = pytest.mark.usefixtures("ops_backend")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.one_of(st.integers(1, 40), st.integers(1000, 5000)),
+    kept=st.floats(0.0, 1.0),
+    mean=st.sampled_from([0.0, -3.0, 1e4]),
+    spread=st.sampled_from([1e-3, 1.0, 50.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_ragged_masks_against_float64(count, kept, mean, spread, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    x = (mean + spread * torch.randn(count, dtype=torch.float64)).to(dtype)
+    mask = torch.rand(count) < kept
+    exact = x.double()[mask]
+    found = ops.whiten(x, mask)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not found[~mask].any()
+    n, found_mean, m2 = ops.moments(x, mask).tolist()
+    assert n == len(exact)
+    if len(exact):
+        assert found_mean == pytest.approx(float(exact.mean()), rel=1e-12, abs=1e-12)
+        assert m2 == pytest.approx(float((exact - exact.mean()).square().sum()), rel=1e-9, abs=1e-9)
+        want = (exact - exact.mean()) / (exact.var(correction=0) + 1e-8).sqrt()
+        torch.testing.assert_close(found[mask].double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_mean_zero_variance_one_over_the_mask() -> None:
@@ -58,3 +86,11 @@ def test_bad_input_is_named() -> None:
         ops.whiten(torch.zeros(3), eps=0)
     with pytest.raises(ValueError, match=r"over: expected shape \[3\]"):
         ops.whiten(torch.zeros(3), over=torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x_N: expected float32 or .*, found int64"):
+        ops.whiten(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="mask_N: expected device cpu, found meta"):
+        ops.moments(torch.zeros(3), torch.ones(3, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected float64, found float32"):
+        ops.merge_moments([torch.zeros(3).double(), torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"parts\[0\]: expected shape \[3\], found shape \[2\]"):
+        ops.merge_moments([torch.zeros(2).double()])

@@ -16,6 +16,7 @@ from orz_async.config import Config
 from orz_async.errors import DataError, NumericError
 from orz_async.learner.batch import pack_part, split
 from orz_async.learner.trainer import Trainer
+from orz_async.ops import backend
 from orz_async.records import Trajectory, as_float32, as_int32
 
 
@@ -298,6 +299,22 @@ def test_equal_seeds_equal_bits(model_path: Path) -> None:
             trainer.update_critic(step)
         states.append([p.detach().clone() for m in (trainer.policy, trainer.critic) for p in m.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_equal_seeds_equal_losses_whatever_computes(model_path: Path) -> None:
+    """By two backends the same within float32, and by each one bit for bit."""
+    config = kit.config(model_path, learner={"policy_steps": 2, "critic_steps": 2})
+
+    def losses(name: str) -> list[float]:
+        with backend.using(name):
+            trainer = kit.trainer(config)
+            step = trainer.begin(kit.rollouts(9, seed=3))
+            policy, _ = trainer.update_policy(step)
+            return [*policy.losses, *trainer.update_critic(step).losses]
+
+    reference, cpp = losses("reference"), losses("cpu")
+    assert reference == losses("reference") and cpp == losses("cpu")
+    assert cpp == pytest.approx(reference, rel=1e-5, abs=1e-6)
 
 
 def test_stale_rollouts_raise(model_path: Path) -> None:
