@@ -188,9 +188,9 @@ class Daemon:
             case Cancel(leases):
                 for ref in leases:
                     self._work.forget(ref)
-            case Published(version):
+            case Published(version, digest, sources):
                 if self._weights is not None:
-                    self._weights.want(version)
+                    self._weights.want(version, digest, sources)
             case Bye(reason, finished):
                 if not finished:
                     raise WireError(f"the broker refuses this generator: {reason}")
@@ -201,7 +201,7 @@ class Daemon:
         if self._weights is None or self._client.epoch != self._epoch or self._is_changed(welcome, "run_id"):
             self._begin_epoch(welcome)
         else:
-            self._weights.want(welcome.version)
+            self._weights.want(welcome.version, welcome.digest, tuple(welcome.weights_address.split(",")))
             self._work.repeat_results()
         self._welcome = welcome
         self._status_due = self._clock()
@@ -220,7 +220,7 @@ class Daemon:
             with self._timeline.state("load"):
                 self._work.serving = self._load(welcome)
         self._weights = IncomingWeights(self._make_fetcher(welcome.weights_address, self._epoch), self._clock)
-        self._weights.want(welcome.version)
+        self._weights.want(welcome.version, welcome.digest)
 
     def _load(self, welcome: Welcome) -> Serving:
         if self._work.serving is not None:

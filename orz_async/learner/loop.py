@@ -111,11 +111,11 @@ class Learner:
                 whole = list(named)
                 self.auditor.remember(version, whole)
                 named = iter(whole)
-            services.weights.publish(version, named)
+            report = services.weights.publish(version, named)
             if self.evaluation_due(version):
                 services.rollouts.evaluate(version)
                 self._evaluating.append(version)
-            services.rollouts.published(version)
+            services.rollouts.published(version, report.digest)
 
     def evaluation_due(self, version: int) -> bool:
         every = self.config.eval.every

@@ -26,7 +26,7 @@ from orz_async.errors import ConfigError, PeerLostError, PortError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 SCHEME = "nccl://"
 STORE_S = 20.0
@@ -49,7 +49,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 def listen(address: str, epoch: int, backend: str) -> tuple[Store, str]:
     """The store that generators find each other by, listening on this address only, and the address with its port."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     host, port = host_and_port(address)
     try:
@@ -57,7 +57,7 @@ def listen(address: str, epoch: int, backend: str) -> tuple[Store, str]:
     except OSError as error:
         raise PortError(f"cannot offer weights on {address}: {error.strerror}; choose another port or 0") from error
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         host,
         port,
         is_master=True,
@@ -72,13 +72,13 @@ def listen(address: str, epoch: int, backend: str) -> tuple[Store, str]:
 
 def join(address: str) -> Store:
     """A connection of one's own: questions on a shared one wait for each other. GroupError if nobody answers."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     host, port = host_and_port(address)
     try:
         # torch's own attempts to connect are long and loud; this says at once that nobody listens.
         socket.create_connection((host, port), timeout=STORE_S).close()
-        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S))
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S))
     except (OSError, RuntimeError) as error:
         raise GroupError(f"expected a learner at {address}, found: {error}") from error
 
@@ -137,19 +137,21 @@ class Group:
 def _gloo(store: Store, prefix: str, rank: int, address: str, deadline_s: float) -> Any:
     """The interface is the one that reaches the learner, not whatever the host's name resolves to."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
 
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_host(address, rank))]
     options._timeout = timedelta(seconds=deadline_s)
-    return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank, 2, options)
+    return dist.ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options)
 
 
 def _nccl(store: Store, prefix: str, rank: int, address: str, deadline_s: float) -> Any:
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
 
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=max(_WATCHDOG_S, 2 * deadline_s))
-    return dist.ProcessGroupNCCL(dist.PrefixStore(prefix, store), rank, 2, options)
+    return dist.ProcessGroupNCCL(PrefixStore(prefix, store), rank, 2, options)
 
 
 _BACKENDS: dict[str, Callable[[Any, str, int, str, float], Any]] = {"gloo": _gloo, "nccl": _nccl}

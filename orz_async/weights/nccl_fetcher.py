@@ -22,7 +22,7 @@ from orz_async.weights.wire import REPLY_BYTES, Manifest
 from orz_async.weights.worker import Worker
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 BACKOFF_S = (0.1, 5.0)
 MAX_DAMAGED = 3
@@ -220,7 +220,7 @@ class NcclFetcher:
         self._events.emit("weights_reconnect", reason=self._note, peer=self._address)
         self._rests += 1
         first, longest = BACKOFF_S
-        return min(longest, first * 2 ** min(self._rests - 1, 16))
+        return min(longest, first * 2.0 ** min(self._rests - 1, 16))
 
     def _leave(self) -> None:
         if self._group is not None:

@@ -21,7 +21,7 @@ from orz_async.weights.worker import Worker
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 BUCKET_BYTES = 16 << 20
 """Of one broadcast. On a GPU it is staged there: the published copy stays in host memory, as for every transport."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import generator_support
@@ -140,11 +140,14 @@ class FakeFetcher:
     def __init__(self, address: str, epoch: int) -> None:
         self.address, self.epoch = address, epoch
         self.wanted: list[int] = []
+        self.told: list[tuple[int, str, tuple[str, ...]]] = []
         self.ready: deque[Snapshot] = deque()
         self.is_closed = False
 
-    def want(self, version: int) -> None:
-        self.wanted.append(version)
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
+        if version not in self.wanted:
+            self.wanted.append(version)
+        self.told.append((version, digest, tuple(sources)))
 
     def poll(self) -> Snapshot | None:
         return self.ready.popleft() if self.ready else None

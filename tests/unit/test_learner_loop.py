@@ -35,6 +35,8 @@ from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.records import Span, Trajectory, float32_bytes, int32_bytes
+from orz_async.weights.protocol import PublishReport
+from orz_async.weights.snapshot import state_digest
 
 END = 0
 
@@ -54,11 +56,13 @@ class Sampler:
         self.on_take: Callable[[int], None] = lambda step: None
         self.on_published: Callable[[int], None] = lambda version: None
 
-    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
+    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> PublishReport:
         self.told.append(("publish", version))
         self.versions[version] = {name: t.clone() for name, t in named}
+        return PublishReport(version=version, bytes=0, seconds=0.0, digest=state_digest(self.versions[version]))
 
-    def published(self, version: int) -> None:
+    def published(self, version: int, digest: str) -> None:
+        assert digest == state_digest(self.versions[version])
         self.told.append(("published", version))
         self.on_published(version)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from weights_support import Named, Recorder, assert_same_bits, model, no_leaks, until
+from weights_support import Named, Recorder, assert_same_bits, libuv, model, no_leaks, until
 
 from orz_async.errors import ConfigError, PeerLostError, PortError, WireError
 from orz_async.weights import group as groups
@@ -24,7 +24,7 @@ from orz_async.weights.protocol import Snapshot
 from orz_async.weights.snapshot import State, capture, digest_of, state_digest
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-__all__ = ["no_leaks"]  # a fixture
+__all__ = ["libuv", "no_leaks"]  # fixtures
 
 LOOPBACK = "nccl://127.0.0.1:0"
 EPOCH = 3
@@ -76,13 +76,6 @@ class House:
 
     def expelled(self) -> list[dict[str, Any]]:
         return [fields for kind, fields in self.events.events if kind == "weights_expelled"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def libuv() -> None:
-    """torch's store keeps one pipe for the life of the process; it is no leak of a test."""
-    store, _ = groups.listen(LOOPBACK, EPOCH, "gloo")
-    del store
 
 
 @pytest.fixture
