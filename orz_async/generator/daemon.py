@@ -31,6 +31,7 @@ from orz_async.generator.ports import Client, Grader, MakeFetcher, MakeServing, 
 from orz_async.generator.workload import Workload
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.weights.protocol import Snapshot
+from orz_async.weights.snapshot import blame
 
 _SOON_S = 0.002
 """Longest sleep while weights or a verdict are on their way: they do not wake the poll."""
@@ -248,6 +249,8 @@ class Daemon:
             "weights",
             version=snapshot.version,
             bytes=snapshot.bytes,
+            source=snapshot.source,
+            base_version=snapshot.base_version,
             fetch_s=snapshot.fetch_s,
             swap_s=self._clock() - began,
             checksum_ok=digest == snapshot.digest,
@@ -255,7 +258,7 @@ class Daemon:
         if digest != snapshot.digest:
             raise EngineError(
                 f"weights of version {snapshot.version} have the digest {snapshot.digest}, the engine serves {digest}: "
-                "learner and generator do not hold the same model; give both the same model directory"
+                f"{blame(snapshot)}"
             )
 
     def _report(self, weights: IncomingWeights) -> None:

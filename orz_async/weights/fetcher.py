@@ -166,6 +166,7 @@ class StreamFetcher:
             bytes=manifest.payload_bytes,
             fetch_s=time.monotonic() - self._download.started,
             base_version=manifest.base_version,
+            source=self._download.peer,
             specs=state.specs,
         )
         with self._lock:

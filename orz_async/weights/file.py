@@ -228,6 +228,7 @@ class FileFetcher:
             digest=manifest.digest,
             bytes=num_bytes,
             fetch_s=time.monotonic() - started,
+            source=str(path),
             specs=manifest.tensors,
         )
 

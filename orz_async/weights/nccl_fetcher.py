@@ -196,6 +196,7 @@ class NcclFetcher:
             digest=state.digest,
             bytes=manifest.payload_bytes,
             fetch_s=time.monotonic() - began,
+            source=self._address,
             specs=state.specs,
         )
 

@@ -45,6 +45,8 @@ class Snapshot:
     """From the first chunk asked for until the last checksum; waiting for the version to exist is not in it."""
     base_version: int = -1
     """The version a delta was applied to; -1 when everything was sent."""
+    source: str = ""
+    """Whom it came from: the learner, or a relay."""
     specs: tuple[TensorSpec, ...] = ()
     """Name, dtype, shape and checksum of every tensor, as the learner announced them."""
 
