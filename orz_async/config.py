@@ -159,6 +159,32 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    transport: Literal["stream", "file", "nccl"] = "stream"
+    """How weights reach generators: stream sends what changed over TCP, file writes whole versions to a shared folder,
+    nccl broadcasts whole versions from GPU to GPU (gloo where neither side has one)."""
+    relays: bool = False
+    """stream: generators that `orz run` starts pass on what they have, so that the learner sends a version about once.
+    Daemons started by hand do so with --relay."""
+    history: int = 8
+    """stream: versions back that a generator may lag and still be sent the difference only."""
+    directory: str = ""
+    """file: the folder, which every generator must see under the same path; empty means weights in the run's folder."""
+    deadline_s: float = 15.0
+    """nccl: a generator with which one operation takes longer is expelled; it joins again when it can."""
+    trusted_network: bool = False
+    """nccl: allow it beyond loopback, where neither NCCL nor gloo authenticates or encrypts anything."""
+
+    def __post_init__(self) -> None:
+        _require(self.history >= 0, f"weights.history must be at least 0, got {self.history}")
+        _require(self.deadline_s > 0, f"weights.deadline_s must be positive, got {self.deadline_s}")
+        _require(
+            not self.relays or self.transport == "stream",
+            f"weights.relays goes with weights.transport = stream, got {self.transport}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     every: int = 10
     """Learner steps between evaluations; the first and the last version are always evaluated. 0: never."""
@@ -216,6 +242,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

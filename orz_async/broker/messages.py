@@ -44,6 +44,8 @@ class Hello(_Message, frozen=True, gc=False):
     vocab_size: int
     """0 while the model is not known yet."""
     pid: int
+    relay: str = ""
+    """Where it offers the weights it has to other generators; empty if it does not."""
 
 
 class Status(_Message, frozen=True, gc=False):
@@ -88,12 +90,14 @@ class Welcome(_Message, frozen=True, gc=False):
     model_path: str
     stop: tuple[str, ...]
     weights_address: str
-    """Where the weights of this epoch are fetched (weights/stream)."""
+    """Where the weights of this epoch are fetched; several, comma separated, are relays and at last the learner."""
     version: int
     """Newest published version."""
     heartbeat_s: float
     max_model_tokens: int
     """Longest prompt plus response any lease will ask for."""
+    digest: str = ""
+    """Of the newest published version: whoever hands out its weights is held to it."""
 
 
 class Grant(_Message, frozen=True, gc=False):
@@ -123,6 +127,10 @@ class Published(_Message, frozen=True, gc=False):
     """New weights can be fetched."""
 
     version: int
+    digest: str = ""
+    """Of this version; empty if it is not known."""
+    sources: tuple[str, ...] = ()
+    """Where to fetch from now on, best first, the learner last; empty: no change."""
 
 
 class Bye(_Message, frozen=True, gc=False):

@@ -10,6 +10,7 @@ from orz_async.broker import wire
 from orz_async.broker.leases import LeaseMaker
 from orz_async.broker.ledger import Ledger
 from orz_async.broker.messages import Bye, Failure, Hello, LeaseRef, Leave, Published, Result, Status, ToBroker, Welcome
+from orz_async.broker.relays import WeightRoutes, is_relay_address
 from orz_async.broker.switchboard import Connection, Switchboard
 from orz_async.broker.transitions import Event, Failed, Finished, Heartbeat, Joined, Left
 from orz_async.broker.validate import problem_of
@@ -51,6 +52,7 @@ class Reception:
         self.events = events
         self.vocab_size = vocab_size
         self.welcome = welcome
+        self.routes = WeightRoutes(welcome.weights_address, switchboard, ledger)
         self.refused: dict[str, str] = {}
         """Generators that are no longer heard, and why."""
         self._turned_away: set[str] = set()
@@ -109,14 +111,23 @@ class Reception:
                 self.events.emit("refused", generator=hello.name[:MAX_NAME], reason=reason)
             self.switchboard.send_to(identity, Bye(reason, finished=False))
             return
+        if not is_relay_address(hello.relay):
+            hello = msgspec.structs.replace(hello, relay="")
         connection = Connection(identity, hello, since=now, heard=now, sent=now, received=header.sequence)
         old = self.switchboard.by_name.get(hello.name)
         if old is not None:
             connection.rejections = old.rejections
         self.switchboard.connect(connection)
-        self.greet(connection, to)
+        self.greet(connection)
         slots = min(max(hello.slots, 0), wire.MAX_SLOTS)
-        self.events.emit("joined", generator=hello.name, engine=hello.engine[:MAX_NAME], slots=slots, pid=hello.pid)
+        self.events.emit(
+            "joined",
+            generator=hello.name,
+            engine=hello.engine[:MAX_NAME],
+            slots=slots,
+            pid=hello.pid,
+            relay=hello.relay,
+        )
         to.apply(Joined(hello.name, slots))
 
     def _refusal(self, identity: bytes, header: wire.Header, hello: Hello, to: Ledgerward, now: float) -> str:
@@ -142,8 +153,8 @@ class Reception:
                 return f"the name {hello.name!r} is in use by process {old.hello.pid}; choose another --name"
         return ""
 
-    def greet(self, connection: Connection, to: Ledgerward) -> None:
-        self.switchboard.send_to(connection.identity, msgspec.structs.replace(self.welcome, version=to.announced))
+    def greet(self, connection: Connection) -> None:
+        self.switchboard.send_to(connection.identity, self.routes.welcome(self.welcome, connection.name))
 
     def _result(self, connection: Connection, trajectory: Trajectory, to: Ledgerward, now: float) -> bool:
         ref = LeaseRef(trajectory.kind, trajectory.rollout, trajectory.attempt)
@@ -181,7 +192,7 @@ class Reception:
         self.events.emit("bad_frame", generator=connection.name, reason=problem)
         # A damaged result would be missed for ever: after a Welcome the generator repeats what was not acknowledged.
         if not self._penalise(connection, problem, to):
-            self.greet(connection, to)
+            self.greet(connection)
 
     def _penalise(self, connection: Connection, problem: str, to: Ledgerward) -> bool:
         """Count a rejection; True if that was one too many."""

@@ -173,9 +173,9 @@ class Broker:
         _check_lag(batch, step, self._config.broker.max_lag)
         return sorted(batch, key=lambda trajectory: trajectory.rollout)
 
-    def published(self, version: int) -> None:
-        """Generators can fetch this version; the slots of the step that made it are free."""
-        self._call(lambda: self._service.publish(version))
+    def published(self, version: int, digest: str = "") -> None:
+        """Generators can fetch this version, which has this digest; the slots of the step that made it are free."""
+        self._call(lambda: self._service.publish(version, digest))
 
     def evaluate(self, version: int) -> None:
         """Have the held-out prompts sampled by this version or a newer one. Call it before published(version)."""

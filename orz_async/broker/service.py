@@ -20,7 +20,7 @@ import zmq
 
 from orz_async.broker import frontier
 from orz_async.broker.ledger import Ledger
-from orz_async.broker.messages import Bye, Nack, Published
+from orz_async.broker.messages import Bye, Nack
 from orz_async.broker.outbox import Outbox
 from orz_async.broker.reception import Reception
 from orz_async.broker.recovery import Snapshot
@@ -141,9 +141,10 @@ class Service:
 
     def _tick(self, now: float) -> None:
         self.apply(Tick())
-        for connection in list(self.switchboard.by_identity.values()):
-            if now - connection.sent >= 0.9 * self._heartbeat_s:
-                self.switchboard.send(connection.name, Published(self.announced), now)
+        quiet = [c.name for c in self.switchboard.by_name.values() if now - c.sent >= 0.9 * self._heartbeat_s]
+        announcements = self.reception.routes.announcements() if quiet else {}
+        for name in quiet:
+            self.switchboard.send(name, announcements[name], now)
 
     # What the ledger decided.
 
@@ -215,11 +216,12 @@ class Service:
         self.apply(Take(step))
         return delivery
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, digest: str = "") -> None:
         self.announced = version
+        self.reception.routes.publish(version, digest)
         now = time.monotonic()
-        for name in list(self.switchboard.by_name):
-            self.switchboard.send(name, Published(version), now)
+        for name, announcement in self.reception.routes.announcements().items():
+            self.switchboard.send(name, announcement, now)
         if self._num_granted:
             self.events.emit("granted", version=version, generators=dict(self._num_granted))
             self._num_granted.clear()

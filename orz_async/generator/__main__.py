@@ -23,7 +23,7 @@ from orz_async.generator.serving import make_serving, preload
 from orz_async.observe.events import EventLog
 from orz_async.observe.process import run_main
 from orz_async.reward.pool import GraderPool
-from orz_async.weights.stream import StreamFetcher
+from orz_async.weights import transport
 
 DESCRIPTION = """\
 A generator daemon: samples rollouts for a learner and scores them. Start as many as you like, on any machine that
@@ -56,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--connect", metavar="ADDRESS", help="tcp://HOST:PORT of the learner; default: RUN_DIR/address")
     where.add_argument("--run-dir", metavar="DIR", help="folder of the run: this daemon's event log goes to DIR/events")
     where.add_argument("--name", help="unique among the learner's generators; default: a random one")
+    where.add_argument(
+        "--relay",
+        metavar="ADDRESS",
+        default="",
+        help="pass the weights on to other generators from here, tcp://HOST:PORT; port 0 takes a free one",
+    )
     where.add_argument(
         "--reconnect-s", type=float, default=defaults.reconnect_s, help="wait so long for a learner (%(default)s)"
     )
@@ -150,7 +156,8 @@ def vocab_size_of(model_path: str) -> int:
 def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     settings = settings_of(options)
     model_path, slots = model_of(options), settings.slots + settings.queue
-    hello = Hello(name, settings.engine, slots, vocab_size_of(model_path), os.getpid())
+    relay = transport.relay_address(options.relay)
+    hello = Hello(name, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay)
     events = EventLog.disabled()
     if options.run_dir:
         events = EventLog(Path(options.run_dir) / "events" / f"generator-{name}.jsonl", f"generator-{name}")
@@ -165,7 +172,9 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
             device=options.device,
             prefill_tokens=options.prefill_tokens,
         ),
-        make_fetcher=lambda address, epoch: StreamFetcher(address, epoch, events, give_up_s=settings.reconnect_s),
+        make_fetcher=lambda address, epoch: transport.connect(
+            address, epoch, events, give_up_s=settings.reconnect_s, device=options.device, relay=relay
+        ),
         grader=grader,
         slots=slots,
         events=events,

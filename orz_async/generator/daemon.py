@@ -31,6 +31,7 @@ from orz_async.generator.ports import Client, Grader, MakeFetcher, MakeServing, 
 from orz_async.generator.workload import Workload
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.weights.protocol import Snapshot
+from orz_async.weights.snapshot import blame
 
 _SOON_S = 0.002
 """Longest sleep while weights or a verdict are on their way: they do not wake the poll."""
@@ -188,9 +189,9 @@ class Daemon:
             case Cancel(leases):
                 for ref in leases:
                     self._work.forget(ref)
-            case Published(version):
+            case Published(version, digest, sources):
                 if self._weights is not None:
-                    self._weights.want(version)
+                    self._weights.want(version, digest, sources)
             case Bye(reason, finished):
                 if not finished:
                     raise WireError(f"the broker refuses this generator: {reason}")
@@ -201,7 +202,7 @@ class Daemon:
         if self._weights is None or self._client.epoch != self._epoch or self._is_changed(welcome, "run_id"):
             self._begin_epoch(welcome)
         else:
-            self._weights.want(welcome.version)
+            self._weights.want(welcome.version, welcome.digest, tuple(welcome.weights_address.split(",")))
             self._work.repeat_results()
         self._welcome = welcome
         self._status_due = self._clock()
@@ -220,7 +221,7 @@ class Daemon:
             with self._timeline.state("load"):
                 self._work.serving = self._load(welcome)
         self._weights = IncomingWeights(self._make_fetcher(welcome.weights_address, self._epoch), self._clock)
-        self._weights.want(welcome.version)
+        self._weights.want(welcome.version, welcome.digest)
 
     def _load(self, welcome: Welcome) -> Serving:
         if self._work.serving is not None:
@@ -248,6 +249,8 @@ class Daemon:
             "weights",
             version=snapshot.version,
             bytes=snapshot.bytes,
+            source=snapshot.source,
+            base_version=snapshot.base_version,
             fetch_s=snapshot.fetch_s,
             swap_s=self._clock() - began,
             checksum_ok=digest == snapshot.digest,
@@ -255,7 +258,7 @@ class Daemon:
         if digest != snapshot.digest:
             raise EngineError(
                 f"weights of version {snapshot.version} have the digest {snapshot.digest}, the engine serves {digest}: "
-                "learner and generator do not hold the same model; give both the same model directory"
+                f"{blame(snapshot)}"
             )
 
     def _report(self, weights: IncomingWeights) -> None:

@@ -24,16 +24,18 @@ class IncomingWeights:
         self._clock = clock
         self._pin_s = pin_s
         self._wanted = -1
+        self._sources: tuple[str, ...] = ()
         self._arrived: Snapshot | None = None
         self._pinned_since: float | None = None
         self.served = -1
         """Version in the engine; -1 before the first of this epoch."""
 
-    def want(self, version: int) -> None:
-        """The broker says this version can be fetched."""
-        if version > self._wanted:
-            self._wanted = version
-            self._fetcher.want(version)
+    def want(self, version: int, digest: str = "", sources: tuple[str, ...] = ()) -> None:
+        """The broker says this version, with this digest, can be fetched, and where."""
+        if version > self._wanted or sources not in ((), self._sources):
+            self._wanted = max(version, self._wanted)
+            self._sources = sources or self._sources
+            self._fetcher.want(version, digest, sources)
 
     @property
     def is_behind(self) -> bool:

@@ -46,6 +46,13 @@ def load_model(path: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     return model
 
 
+def served_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What has to travel: parameters and persistent buffers, a tied one once, under its first name."""
+    persistent = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers
+
+
 class SlotModel:
     """Forward passes of `model` for up to `slots` sequences of up to `max_tokens` tokens."""
 
@@ -85,14 +92,17 @@ class SlotModel:
         return logits_BV
 
     def load(self, tensors: Mapping[str, Tensor]) -> str:
-        """Replace every parameter and return the digest of the result; EngineError, and nothing changed, if one fails.
+        """Replace every parameter and persistent buffer and return the digest of the result.
 
         Tied parameters may come under any of their names. A parameter takes over the dtype of its tensor: the learner
-        decides what is served.
-        """
-        from orz_async.weights.snapshot import state_digest
+        decides what is served. Buffers that are not in the model's files (rotary frequencies) follow from its config.
 
-        parameters = dict(self.model.named_parameters())
+        Raises EngineError with the tensor's name: before anything changed, if one is missing, unknown, of another
+        shape or not finite; after it, if what is served is not what was given. The caller must not serve then.
+        """
+        from orz_async.weights.snapshot import digest_of, spec_of
+
+        parameters = served_tensors(self.model)
         given = self._match(parameters, tensors)
         retyped = False
         with torch.no_grad():
@@ -102,30 +112,47 @@ class SlotModel:
                 parameter.copy_(given[name])
         if retyped:
             self.cache.release()
-        return state_digest(parameters)
+        specs = [spec_of(name, tensor.detach().cpu().contiguous()) for name, tensor in parameters.items()]
+        for spec in specs:
+            expected = spec_of(spec.name, given[spec.name].detach().cpu().contiguous())
+            if spec != expected:
+                raise EngineError(
+                    f"tensor {spec.name!r}: expected to serve checksum {expected.checksum:08x} ({expected.dtype}, "
+                    f"{list(expected.shape)}), the model holds {spec.checksum:08x} ({spec.dtype}, {list(spec.shape)})"
+                )
+        return digest_of(specs)
 
-    def _match(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _match(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensor of each parameter, checked."""
         first_name = {id(parameter): name for name, parameter in parameters.items()}
         aliases = {
-            name: first_name[id(parameter)] for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            name: first_name[id(tensor)]
+            for name, tensor in (
+                *self.model.named_parameters(remove_duplicate=False),
+                *self.model.named_buffers(remove_duplicate=False),
+            )
+            if id(tensor) in first_name
         }
         given: dict[str, Tensor] = {}
         for alias, tensor in tensors.items():
             name = aliases.get(alias)
             if name is None:
-                raise EngineError(f"unexpected tensor {alias!r}: the model has no parameter of that name")
+                raise EngineError(
+                    f"unexpected tensor {alias!r}: the model has no parameter or persistent buffer of that name"
+                )
             if tensor.shape != parameters[name].shape:
                 raise EngineError(
                     f"tensor {alias!r}: expected shape {tuple(parameters[name].shape)}, found {tuple(tensor.shape)}"
                 )
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() != parameters[name].is_floating_point():
+                raise EngineError(f"tensor {alias!r}: expected {parameters[name].dtype}, found {tensor.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
                 raise EngineError(f"tensor {alias!r} ({tensor.dtype}) has values that are not finite numbers")
             if name in given and not torch.equal(given[name], tensor):
                 raise EngineError(f"tensor {alias!r} differs from the one it is tied to, {name!r}")
             given[name] = tensor
         if missing := [name for name in parameters if name not in given]:
-            raise EngineError(f"{len(missing)} of {len(parameters)} parameters are missing, first {missing[0]!r}")
+            raise EngineError(f"{len(missing)} of {len(parameters)} tensors are missing, first {missing[0]!r}")
         return given
 
     def _check_against_plain_forward(self) -> None:

@@ -62,6 +62,8 @@ def generator(config: Config, index: int) -> Command:
     argv += [str(word) for option in options.items() for word in option]
     if settings.keep_kv:
         argv.append("--keep-kv")
+    if config.weights.relays:
+        argv += ["--relay", "tcp://127.0.0.1:0"]
     return Command(f"generator-g{index}", tuple(argv), threads(settings.threads))
 
 

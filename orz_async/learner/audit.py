@@ -70,7 +70,7 @@ class Auditor:
             with torch.no_grad():
                 logprobs_M, _ = self._policy(micro, temperature=self._config.sampling.temperature)
             delta_M = (logprobs_M - micro.sampled_logprobs_M).cpu()
-            table.add_mismatch(delta_M[wanted_M & (lag_M == lag)])
+            table.add_mismatch(lag, delta_M[wanted_M & (lag_M == lag)])
 
     def _load(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -12,7 +12,7 @@ import msgspec
 from orz_async.learner import checkpoint
 from orz_async.learner.durable import Identity
 from orz_async.learner.export import export
-from orz_async.learner.parallel import full_parameters
+from orz_async.learner.parallel import full_state
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import Timeline
 from orz_async.records import Trajectory
@@ -72,4 +72,4 @@ def _learn(trainer: Trainer, timeline: Timeline, trajectories: list[Trajectory])
 
 
 def _gather(trainer: Trainer) -> None:
-    deque(full_parameters(trainer.policy), maxlen=0)
+    deque(full_state(trainer.policy), maxlen=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,28 @@ _SUMS = ("tokens", "ratio", "abs_delta", "outside_clip", "advantage", "value")
 _MAX_LOG_RATIO = 20.0  # as in the loss: beyond it a ratio says "far", not how far
 
 
+class Mismatch(NamedTuple):
+    """Learner against engine: log-probs of the same tokens under the same weights, in nats."""
+
+    max: float
+    mean: float
+    """Of |learner - engine|; `max` is the largest."""
+    k3: float
+    """Estimate of KL(engine || learner) a token."""
+    tokens: int
+
+    @classmethod
+    def of(cls, worst: float, tokens: float, distance: float, k3: float) -> Mismatch:
+        return cls(worst, distance / tokens, k3 / tokens, int(tokens)) if tokens else cls(0.0, 0.0, 0.0, 0)
+
+
 class LagTable:
     """One row per lag from 0 to max_lag; and the mismatch between learner and engine where their weights are equal."""
 
     def __init__(self, max_lag: int) -> None:
         self._sums = torch.zeros(max_lag + 1, len(_SUMS), dtype=torch.float64)
-        self._mismatch = torch.zeros(2, dtype=torch.float64)  # sum, tokens
-        self._mismatch_max = torch.zeros(1, dtype=torch.float64)
+        self._mismatch = torch.zeros(max_lag + 1, 3, dtype=torch.float64)  # tokens, sum of |difference|, sum of k3
+        self._mismatch_max = torch.zeros(max_lag + 1, dtype=torch.float64)
 
     def add(
         self,
@@ -50,32 +65,44 @@ class LagTable:
         )
         self._sums.index_add_(0, lag_M, torch.stack([c.double() for c in columns], 1))
         if at_version:
-            self.add_mismatch(delta_M[lag_M == 0])
+            self.add_mismatch(0, delta_M[lag_M == 0])
 
-    def add_mismatch(self, delta_M: Tensor) -> None:
-        """Differences between the log-probs of learner and engine for tokens whose weights were equal."""
+    def add_mismatch(self, lag: int, delta_M: Tensor) -> None:
+        """Log-prob of the learner minus that of the engine, for tokens of one lag scored under the weights they had.
+
+        k3 = exp(d) - 1 - d of d = delta, never negative, is the low-variance estimator of KL(engine || learner) from
+        the engine's own samples (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+        """
         if len(delta_M):
-            distance_M = delta_M.double().abs()
-            self._mismatch += torch.stack([distance_M.sum(), torch.tensor(float(len(delta_M)), dtype=torch.float64)])
-            self._mismatch_max = torch.maximum(self._mismatch_max, distance_M.max())
+            delta_M = delta_M.double()
+            k3_M = delta_M.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+            k3_M = k3_M.expm1() - k3_M
+            tokens = torch.tensor(float(len(delta_M)), dtype=torch.float64)
+            self._mismatch[lag] += torch.stack([tokens, delta_M.abs().sum(), k3_M.sum()])
+            self._mismatch_max[lag] = torch.maximum(self._mismatch_max[lag], delta_M.abs().max())
 
     def sum_over(self, world: World) -> None:
         """All ranks: afterwards every rank holds the table of all of them."""
-        rows = world.gather(torch.cat([self._sums.flatten(), self._mismatch, self._mismatch_max]))
-        total = torch.stack(rows).sum(0)
-        self._sums = total[:-3].view_as(self._sums)
-        self._mismatch = total[-3:-1]
-        self._mismatch_max = torch.stack(rows)[:, -1:].amax(0)
+        parts = (self._sums, self._mismatch, self._mismatch_max)
+        rows = torch.stack(world.gather(torch.cat([part.flatten() for part in parts])))
+        total, end = rows.sum(0), self._sums.numel()
+        self._sums = total[:end].view_as(self._sums)
+        self._mismatch = total[end : end + self._mismatch.numel()].view_as(self._mismatch)
+        self._mismatch_max = rows[:, -len(self._mismatch_max) :].amax(0)
 
     @property
     def histogram(self) -> dict[str, int]:
         """Trained tokens by lag, lags without tokens left out."""
         return {str(lag): int(row[0]) for lag, row in enumerate(self._sums.tolist()) if row[0]}
 
-    def mismatch(self) -> tuple[float, float, int]:
-        """(largest, mean, tokens) of |learner - engine| log-prob at equal weights; zeros without such tokens."""
-        total, tokens = self._mismatch.tolist()
-        return float(self._mismatch_max), total / tokens if tokens else 0.0, int(tokens)
+    def mismatch(self) -> Mismatch:
+        """Over all lags; zeros without tokens that could be compared."""
+        return Mismatch.of(float(self._mismatch_max.amax()), *self._mismatch.sum(0).tolist())
+
+    def mismatch_by_lag(self) -> dict[str, dict[str, float]]:
+        """The same for each lag that has tokens."""
+        rows = zip(self._mismatch_max.tolist(), self._mismatch.tolist(), strict=True)
+        return {str(lag): Mismatch.of(worst, *row)._asdict() for lag, (worst, row) in enumerate(rows) if row[0]}
 
     def means(self) -> dict[str, dict[str, Any]]:
         """By lag: means over its tokens of ratio current / sampled, |log ratio|, fraction outside the clip, ..."""

@@ -23,7 +23,7 @@ from orz_async.learner.audit import Auditor
 from orz_async.learner.export import export
 from orz_async.learner.follower import Command, encode_rollouts
 from orz_async.learner.lag_table import LagTable
-from orz_async.learner.parallel import full_parameters
+from orz_async.learner.parallel import full_state
 from orz_async.learner.report import evaluation_fields, step_fields
 from orz_async.learner.services import Services
 from orz_async.learner.trainer import Trainer
@@ -106,16 +106,16 @@ class Learner:
         with services.timeline.state("publish"):
             if version == self.trainer.num_steps:
                 self.trainer.world.send(Command.GATHER)
-            named = full_parameters(self.trainer.policy)
+            named = full_state(self.trainer.policy)
             if self.auditor.enabled:
                 whole = list(named)
                 self.auditor.remember(version, whole)
                 named = iter(whole)
-            services.weights.publish(version, named)
+            report = services.weights.publish(version, named)
             if self.evaluation_due(version):
                 services.rollouts.evaluate(version)
                 self._evaluating.append(version)
-            services.rollouts.published(version)
+            services.rollouts.published(version, report.digest)
 
     def evaluation_due(self, version: int) -> bool:
         every = self.config.eval.every
@@ -159,14 +159,20 @@ class Learner:
                 self.report_evaluation(version, timeout_s=self.config.broker.wait_generators_s)
 
     def check_mismatch(self, table: LagTable) -> None:
-        worst, mean, tokens = table.mismatch()
-        stop = self.config.learner.mismatch_stop
-        if worst <= self.config.learner.mismatch_warn:
+        """Warn above one threshold, stop above the other. A difference that is not a number is above both."""
+        worst, mean, k3, tokens = table.mismatch()
+        warn, stop = self.config.learner.mismatch_warn, self.config.learner.mismatch_stop
+        is_fatal = stop is not None and not worst <= stop
+        if worst <= warn and not is_fatal:
             return
-        found = f"|learner - engine| log-prob up to {worst:.3g} (mean {mean:.3g} over {tokens} tokens of equal weights)"
-        self.services.events.emit("mismatch", max=worst, mean=mean, tokens=tokens)
-        log.warning("expected at most %g, found %s", self.config.learner.mismatch_warn, found)
-        if stop is not None and worst > stop:
+        found = (
+            f"|learner - engine| log-prob up to {worst:.3g} "
+            f"(mean {mean:.3g}, k3 {k3:.3g} over {tokens} tokens of equal weights)"
+        )
+        by_lag = table.mismatch_by_lag()
+        self.services.events.emit("mismatch", max=worst, mean=mean, k3=k3, tokens=tokens, by_lag=by_lag)
+        log.warning("expected at most %g, found %s; by lag: %s", warn, found, by_lag)
+        if is_fatal:
             raise NumericError(
                 f"expected engine and learner to compute the same model, found {found}, above learner.mismatch_stop = "
                 f"{stop}; compare dtypes, attention and temperature of both sides"

@@ -181,6 +181,15 @@ def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, full_tensor(parameter.detach())
 
 
+def full_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All ranks, exhausting it: what an engine needs, the parameters and the buffers that a model's files hold."""
+    yield from full_parameters(module)
+    persistent = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield name, full_tensor(buffer.detach())
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """All ranks: the whole of a sharded tensor; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

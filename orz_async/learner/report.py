@@ -27,7 +27,7 @@ def rollout_fields(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 
 def step_fields(step: Step, policy: UpdateReport, table: LagTable, critic: UpdateReport) -> dict[str, Any]:
     batch = step.batch
-    mismatch_max, mismatch_mean, mismatch_tokens = table.mismatch()
+    mismatch = table.mismatch()
     # Both stats add up the losses of all optimizer steps; what is reported is their mean.
     return rollout_fields(batch.trajectories) | {
         "step": batch.version,
@@ -44,9 +44,8 @@ def step_fields(step: Step, policy: UpdateReport, table: LagTable, critic: Updat
         "critic_grad_norm": float(np.mean(critic.grad_norms)),
         "lr": policy.lr,
         "critic_lr": critic.lr,
-        "mismatch_max": mismatch_max,
-        "mismatch_mean": mismatch_mean,
-        "mismatch_tokens": mismatch_tokens,
+        **{f"mismatch_{name}": value for name, value in mismatch._asdict().items()},
+        "mismatch_by_lag": table.mismatch_by_lag(),
         "explained_variance": explained_variance(step.values_R, step.returns_R),
         "losses": {"policy": policy.losses, "value": critic.losses},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from orz_async.learner.durable import Identity
 from orz_async.learner.signals import Stop
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.records import Trajectory
+from orz_async.weights.protocol import PublishReport
 
 
 class Rollouts(Protocol):
@@ -21,8 +22,8 @@ class Rollouts(Protocol):
     def take(self, step: int) -> list[Trajectory]:
         """Block until the rollouts of this step are in; sorted by rollout number."""
 
-    def published(self, version: int) -> None:
-        """Generators may fetch this version, and rollouts that need it may start."""
+    def published(self, version: int, digest: str) -> None:
+        """Generators may fetch this version, which has this digest, and rollouts that need it may start."""
 
     def evaluate(self, version: int) -> None:
         """Queue the held-out prompts under this version."""
@@ -39,9 +40,9 @@ class Rollouts(Protocol):
 
 
 class Weights(Protocol):
-    """Where weights go: `weights.stream.StreamPublisher`, or straight into the engine of a synchronous loop."""
+    """Where weights go: a `weights.protocol.Publisher`, or straight into the engine of a synchronous loop."""
 
-    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> Any: ...
+    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> PublishReport: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.observe.versions import versions
-from orz_async.weights.stream import StreamPublisher
+from orz_async.weights.protocol import Publisher
+from orz_async.weights.transport import bind_of, serve
 
 log = logging.getLogger(__name__)
 
@@ -106,14 +107,16 @@ def _trainer(config: Config, world: World, resume: Path | None) -> tuple[Trainer
 @contextmanager
 def _outside(
     config: Config, trainer: Trainer, identity: Identity, events: EventLog, start: ResumePoint | None
-) -> Iterator[tuple[Broker, StreamPublisher]]:
+) -> Iterator[tuple[Broker, Publisher]]:
     """What generators talk to; at the end they are told whether the run is complete, and if not, why."""
     tokenizer = load_tokenizer(config.model.path)
     vocab_size = int(trainer.policy.config.vocab_size)
     check_tokenizer(config.model.path, tokenizer_size=len(tokenizer), vocab_size=vocab_size)
     prompts, heldout = build(config.data, tokenizer, config.seed)
     broker_events = EventLog(Path(config.run_dir) / "events" / "broker.jsonl", "broker")
-    publisher = StreamPublisher(config.broker.bind.rpartition(":")[0] + ":0", identity.epoch, events)
+    bind = bind_of(config.weights, broker_bind=config.broker.bind, run_dir=Path(config.run_dir))
+    device = str(trainer.world.device)
+    publisher = serve(bind, identity.epoch, events, settings=config.weights, device=device)
     finished, reason = False, "the learner failed"
     try:
         broker = Broker(

@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 from orz_async.errors import PeerLostError, WireError
 from orz_async.weights.assembly import Assembly, DamagedTransfer
+from orz_async.weights.digests import Digests
 from orz_async.weights.manifest import Limits, check
 from orz_async.weights.snapshot import State
 from orz_async.weights.wire import Chunk, Gone, Manifest, Message, Pull, Waiting, Want
@@ -18,6 +19,10 @@ MAX_DAMAGED = 3
 """Complete transfers with a wrong checksum in a row before giving up."""
 BACKOFF_S = (0.1, 5.0)
 """First and longest rest between two connections."""
+SHUN_S = 60.0
+"""A relay that was silent is not gone back to for so long, while another address is known; one that lied, never."""
+RELAY_PATIENCE_S = 60.0
+"""A relay that says it is still receiving is waited for so long."""
 
 
 class Phase(Enum):
@@ -38,6 +43,8 @@ class Phase(Enum):
 class Reopen(Enum):
     CLOSE = auto()
     OPEN = auto()
+    MOVE = auto()
+    """Close one connection and open another: nothing went wrong."""
 
 
 Action = Want | Pull | Reopen
@@ -47,7 +54,12 @@ class Download:
     """Every method that takes `now` returns the actions to carry out in order."""
 
     def __init__(self, addresses: Sequence[str], *, limits: Limits, stall_s: float, give_up_s: float) -> None:
+        self.peer = addresses[0]
+        """Whom the connection is to. The last address is the learner's own, the others are relays."""
         self._addresses, self._limits = tuple(addresses), limits
+        self.digests = Digests()
+        self.progress = 0
+        """Grows with each chunk that arrives here or, as far as it says so, at the peer."""
         self._stall_s, self._give_up_s = stall_s, give_up_s
         self.phase = Phase.IDLE
         self.base: State | None = None
@@ -64,12 +76,39 @@ class Download:
         self._next_pull = 0
         self._damaged = 0
         self._rests = 0  # since the last sign of life
-        self._turn = 0
-        self._heard = self._asked = self._moved = self._rest_until = 0.0
+        self._shunned: dict[str, float] = {}  # until when
+        self._peer_progress = 0
+        self._heard = self._asked = self._moved = self._rest_until = self._met = 0.0
 
     @property
-    def peer(self) -> str:
-        return self._addresses[self._turn % len(self._addresses)]
+    def _at_source(self) -> bool:
+        return self.peer == self._addresses[-1]
+
+    def route(self, addresses: Sequence[str], now: float) -> list[Action]:
+        """Fetch from these from now on, best first, the learner last. A transfer under way from one of them goes on."""
+        if not addresses:
+            return []
+        self._addresses = tuple(addresses)
+        best = next((one for one in addresses if self._shunned.get(one, now) <= now), addresses[-1])
+        if self.peer == best or (self.phase is Phase.FETCHING and self.peer in addresses):
+            return []
+        self.peer, self._met = best, now
+        if self.phase is Phase.RESTING:
+            return []
+        if self.phase is Phase.IDLE:
+            return [Reopen.MOVE]
+        self.phase, self._moved = Phase.ASKING, now
+        return [Reopen.MOVE, self._ask(now)]
+
+    def _turn_away(self, now: float, until: float) -> None:
+        """The next address that is not shunned; where all are, the learner."""
+        if len(self._addresses) == 1:
+            return
+        if not self._at_source:
+            self._shunned[self.peer] = until
+        at = self._addresses.index(self.peer) if self.peer in self._addresses else -1
+        order = (*self._addresses[at + 1 :], *self._addresses[: max(at, 0)])
+        self.peer = next((one for one in order if self._shunned.get(one, now) <= now), self._addresses[-1])
 
     def waiting_for(self, now: float) -> str:
         """One line: what is awaited, from whom, since when."""
@@ -90,7 +129,7 @@ class Download:
         self._wanted = version
         if self.phase is Phase.IDLE:
             self.phase = Phase.ASKING
-            self.since = self._heard = self._moved = now
+            self.since = self._heard = self._moved = self._met = now
         return [] if self.phase is Phase.RESTING else [self._ask(now)]
 
     def tick(self, now: float) -> list[Action]:
@@ -110,10 +149,11 @@ class Download:
         return [self._ask(now)] if unanswered and now - self._asked > ASK_AGAIN_S else []
 
     def rest(self, now: float, reason: str) -> list[Action]:
-        """Close the connection and wait a little; what has arrived is kept."""
+        """Close the connection and wait a little, then turn to the next address; what has arrived is kept."""
         self.note = reason
         if self.phase in (Phase.IDLE, Phase.RESTING):
             return []
+        self._turn_away(now, now + SHUN_S)
         self.phase = Phase.RESTING
         first, longest = BACKOFF_S
         self._rest_until = now + min(longest, first * 2**self._rests)
@@ -132,11 +172,35 @@ class Download:
         if self.phase in (Phase.IDLE, Phase.RESTING):
             return []
         self._heard = now
+        try:
+            return self._handle(message, now)
+        except WireError as error:
+            if self._at_source:
+                raise
+            return self._distrust(str(error), now)
+
+    def _distrust(self, reason: str, now: float) -> list[Action]:
+        """A relay sent what the learner cannot have sent: it is never asked again, and nothing of it is kept."""
+        self._assembly = None
+        self._shunned[self.peer] = float("inf")
+        told = self.peer
+        actions = self.rest(now, f"relay {told}: {reason}")
+        self._shunned[told] = float("inf")
+        return actions
+
+    def _wait_on(self, waiting: Waiting, now: float) -> None:
+        preparing = waiting.newest >= self._wanted
+        receiving = waiting.progress != self._peer_progress and now - self._met < RELAY_PATIENCE_S
+        self.note = f"{self.peer} {'prepares' if preparing else 'has'} version {waiting.newest}"
+        if preparing or receiving:
+            self._moved = now
+        if waiting.progress != self._peer_progress:
+            self._peer_progress = waiting.progress
+            self.progress += 1
+
+    def _handle(self, message: Message, now: float) -> list[Action]:
         if isinstance(message, Waiting):
-            preparing = message.newest >= self._wanted
-            self.note = f"{self.peer} {'prepares' if preparing else 'has'} version {message.newest}"
-            if preparing:
-                self._moved = now
+            self._wait_on(message, now)
         elif isinstance(message, Manifest):
             return self._start(message, now)
         elif isinstance(message, Chunk) and self.phase is Phase.FETCHING:
@@ -153,8 +217,7 @@ class Download:
         return Want(self._wanted, -1, "") if base is None else Want(self._wanted, base.version, base.digest)
 
     def _reopen(self, now: float) -> list[Action]:
-        self._turn += 1
-        self._moved = now
+        self._moved = self._met = now
         self.phase = Phase.ASKING
         return [Reopen.OPEN, self._ask(now)]
 
@@ -166,6 +229,10 @@ class Download:
             outdated = outdated or manifest.version <= current.version
         if outdated:
             return []  # it answers what was asked before the last version was complete
+        if not self._at_source and self.digests and self.digests.get(manifest.version) is None:
+            self.note = f"{self.peer} has version {manifest.version}, of which the learner has not spoken yet"
+            return []
+        self.digests.require(manifest.version, manifest.digest, self.peer)
         if manifest != current:
             check(manifest, limits=self._limits)
             self.started = now
@@ -197,6 +264,7 @@ class Download:
         except DamagedTransfer as error:
             return self._repeat(error, now)
         self._moved, self._rests, self.note = now, 0, ""
+        self.progress += 1
         return self._finish(now) if assembly.complete else self._pull()
 
     def _pull(self) -> list[Action]:
@@ -219,6 +287,9 @@ class Download:
 
     def _repeat(self, error: DamagedTransfer, now: float) -> list[Action]:
         """Start over with everything: neither what arrived nor what it was to build on can be trusted."""
+        if not self._at_source:
+            self.base = None
+            return self._distrust(str(error), now)
         self._damaged += 1
         if self._damaged >= MAX_DAMAGED:
             raise WireError(f"{error}; {self._damaged} transfers in a row from {self.peer} were damaged") from error

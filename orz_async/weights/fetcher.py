@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import zmq
@@ -41,7 +42,7 @@ class StreamFetcher:
         give_up_s: float = 600.0,
         on_state: Callable[[State], None] | None = None,
     ) -> None:
-        """address: of the publisher, or several that serve the same run, tried in turn while one is silent.
+        """address: of the publisher; or several, best first, relays and at last the publisher they lead back to.
 
         on_state: called from the thread with each complete version.
         """
@@ -56,6 +57,7 @@ class StreamFetcher:
         self.received_bytes = 0
         """Of all frames since the start, resumed and abandoned transfers included."""
         self._wanted = -1  # written by want, read by the thread
+        self._news: deque[tuple[int, str, tuple[str, ...]]] = deque(maxlen=16)  # the same; old news is no loss
         self._ready: Snapshot | None = None
         self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -65,10 +67,16 @@ class StreamFetcher:
         self._worker = Worker(f"weights-fetcher-{epoch}", self._loop, self._release, events)
         self._worker.start()
 
-    def want(self, version: int) -> None:
+    @property
+    def progress(self) -> int:
+        """Changes while something is on its way here, from the peer or to it."""
+        return self._download.progress
+
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
         """Fetch the newest version, at least this one. A later call with a newer version supersedes."""
         with self._lock:  # a relay's readers want versions too, from another thread
             self._wanted = max(self._wanted, version)
+            self._news.append((version, digest, tuple(sources)))
         self._worker.wake()
 
     def poll(self) -> Snapshot | None:
@@ -103,12 +111,20 @@ class StreamFetcher:
             now = time.monotonic()
             if self._worker.wake_fd in ready:
                 self._worker.drain()
+            self._listen(now)
             self._act(self._download.want(self._wanted, now))
             if self._monitor is not None and self._monitor in ready:
                 self._observe(self._monitor, now)
             if self._socket is not None and self._socket in ready:
                 self._receive(self._socket, now)
             self._act(self._download.tick(now))
+
+    def _listen(self, now: float) -> None:
+        """Take in what `want` was told."""
+        while self._news:
+            version, digest, sources = self._news.popleft()
+            self._download.digests.learn(version, digest)
+            self._act(self._download.route(sources, now))
 
     def _observe(self, monitor: zmq.Socket[bytes], now: float) -> None:
         """ZeroMQ connects again by itself after a cut, but what was asked on the old connection is lost."""
@@ -150,6 +166,8 @@ class StreamFetcher:
             bytes=manifest.payload_bytes,
             fetch_s=time.monotonic() - self._download.started,
             base_version=manifest.base_version,
+            source=self._download.peer,
+            specs=state.specs,
         )
         with self._lock:
             self._ready = snapshot
@@ -160,8 +178,11 @@ class StreamFetcher:
         for action in actions:
             if action is Reopen.CLOSE:
                 self._disconnect()
-                self._events.emit("weights_reconnect", reason=self._download.note, peer=self._download.peer)
+                self._events.emit("weights_reconnect", reason=self._download.note, next=self._download.peer)
             elif action is Reopen.OPEN:
+                self._connect()
+            elif action is Reopen.MOVE:
+                self._disconnect()
                 self._connect()
             elif self._socket is not None:
                 self._send(self._socket, encode(action, self._epoch))

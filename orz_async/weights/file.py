@@ -15,13 +15,14 @@ import select
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from orz_async.errors import DiskError, PeerLostError, WireError
+from orz_async.weights.digests import Digests
 from orz_async.weights.manifest import Limits, check_specs
 from orz_async.weights.protocol import EventSink, PublishReport, Snapshot
 from orz_async.weights.snapshot import State, TensorSpec, capture, spec_of
@@ -141,6 +142,7 @@ class FileFetcher:
         self._limits, self._give_up_s = limits if limits is not None else Limits(), give_up_s
         self._wanted = self._held = -1
         self._since = 0.0
+        self._digests = Digests()
         self._damaged = 0
         self._note = ""
         self._ready: Snapshot | None = None
@@ -148,8 +150,10 @@ class FileFetcher:
         self._worker = Worker(f"weights-reader-{epoch}", self._loop, lambda: None, events)
         self._worker.start()
 
-    def want(self, version: int) -> None:
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
+        """Read the newest version, at least this one. There is one source: the folder."""
         with self._lock:
+            self._digests.learn(version, digest)
             if self._held >= self._wanted:
                 self._since = time.monotonic()
             self._wanted = max(self._wanted, version)
@@ -215,6 +219,7 @@ class FileFetcher:
             num_bytes = check_specs(manifest.tensors, manifest.digest, self._limits)
         except WireError as error:
             raise WireError(f"{path}/manifest.json: {error}") from error
+        self._digests.require(manifest.version, manifest.digest, str(path))
         tensors = self._tensors(path / "weights.safetensors", manifest.tensors, num_bytes)
         return Snapshot(
             version=manifest.version,
@@ -223,6 +228,8 @@ class FileFetcher:
             digest=manifest.digest,
             bytes=num_bytes,
             fetch_s=time.monotonic() - started,
+            source=str(path),
+            specs=manifest.tensors,
         )
 
     def _tensors(self, path: Path, specs: Iterable[TensorSpec], num_bytes: int) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from orz_async.weights.snapshot import TensorSpec
 
 
 class EventSink(Protocol):
@@ -43,6 +45,10 @@ class Snapshot:
     """From the first chunk asked for until the last checksum; waiting for the version to exist is not in it."""
     base_version: int = -1
     """The version a delta was applied to; -1 when everything was sent."""
+    source: str = ""
+    """Whom it came from: the learner, or a relay."""
+    specs: tuple[TensorSpec, ...] = ()
+    """Name, dtype, shape and checksum of every tensor, as the learner announced them."""
 
 
 class Publisher(Protocol):
@@ -57,8 +63,12 @@ class Publisher(Protocol):
 
 
 class Fetcher(Protocol):
-    def want(self, version: int) -> None:
-        """Fetch the newest version, at least this one. A later call with a newer version supersedes."""
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
+        """Fetch the newest version, at least this one. A later call with a newer version supersedes.
+
+        digest: of this version in the learner's own words; what claims to be it and is not is refused. "" is unknown.
+        sources: where to fetch from, best first, the learner itself last; () leaves that as it was.
+        """
 
     def poll(self) -> Snapshot | None:
         """The newest complete version not handed out yet. Raises what ended the fetcher."""

@@ -63,12 +63,14 @@ class StreamPublisher:
         chunk_bytes: int = CHUNK_BYTES,
         history: int = 8,
         on_want: Callable[[int], None] | None = None,
+        progress: Callable[[], int] = lambda: 0,
     ) -> None:
         """Binds at once. history: versions back that a delta may start from; 0 always sends everything.
 
         on_want: called from the thread with each version that was asked for and is not here.
+        progress: changes while such a version is on its way.
         """
-        self._epoch, self._on_want = epoch, on_want
+        self._epoch, self._on_want, self._progress = epoch, on_want, progress
         self._shelf = Shelf(chunk_bytes=chunk_bytes, history=history)
         self.traffic = Traffic()
         self._wants: dict[bytes, tuple[Want, float]] = {}
@@ -163,7 +165,8 @@ class StreamPublisher:
                 raise WireError(f"expected one frame a message, got {len(frames)}")
             message = decode(frames[0], self._epoch)
         except OtherEpoch:
-            self._send(peer, Waiting(self._shelf.newest_version))  # stamped with our epoch: that is the answer
+            # Stamped with our epoch: that is the answer.
+            self._send(peer, Waiting(self._shelf.newest_version, self._progress()))
             return
         except WireError:
             self.traffic.rejected += 1
@@ -171,7 +174,7 @@ class StreamPublisher:
         if isinstance(message, Want) and (peer in self._wants or len(self._wants) < MAX_WANTS):
             self._wants[peer] = (message, now)
             if not self._answer(peer, message, now):
-                self._send(peer, Waiting(self._shelf.newest_version))
+                self._send(peer, Waiting(self._shelf.newest_version, self._progress()))
                 if self._on_want is not None and message.min_version > self._shelf.newest_version:
                     self._on_want(message.min_version)
         elif isinstance(message, Pull):

@@ -35,7 +35,9 @@ class Relay:
         """keys: towards upstream. serve_keys: with the list of fetchers that may read from here."""
         self._held = -1
         self._fetcher: StreamFetcher | None = None
-        self._publisher = StreamPublisher(bind, epoch, events, keys=serve_keys, on_want=self._want_upstream)
+        self._publisher = StreamPublisher(
+            bind, epoch, events, keys=serve_keys, on_want=self._want_upstream, progress=self._progress
+        )
         self._fetcher = StreamFetcher(
             upstream,
             epoch,
@@ -53,6 +55,9 @@ class Relay:
     def received_bytes(self) -> int:
         return 0 if self._fetcher is None else self._fetcher.received_bytes
 
+    def _progress(self) -> int:
+        return 0 if self._fetcher is None else self._fetcher.progress
+
     def _want_upstream(self, version: int) -> None:
         """Ask for whatever is newer, one step at most: a reader's number is not trusted to be one that will exist."""
         if self._fetcher is not None:  # one who asks before the constructor returns asks again in a second
@@ -62,9 +67,9 @@ class Relay:
         self._held = state.version
         self._publisher.offer(state)
 
-    def want(self, version: int) -> None:
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
         assert self._fetcher is not None
-        self._fetcher.want(version)
+        self._fetcher.want(version, digest, sources)
 
     def poll(self) -> Snapshot | None:
         assert self._fetcher is not None

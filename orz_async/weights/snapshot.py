@@ -17,6 +17,8 @@ from orz_async.weights.crc import crc32c
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from orz_async.weights.protocol import Snapshot
+
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -97,6 +99,21 @@ def digest_of(specs: Sequence[TensorSpec]) -> str:
 def state_digest(named: Mapping[str, Tensor]) -> str:
     """Digest of tensors on any device: what an engine reports about the weights it serves."""
     return digest_of([spec_of(name, tensor.detach().cpu().contiguous()) for name, tensor in named.items()])
+
+
+def blame(snapshot: Snapshot) -> str:
+    """Why an engine that was given this serves something else: the tensor that was damaged since, if one was."""
+    for expected in snapshot.specs:
+        found = spec_of(expected.name, snapshot.tensors[expected.name])
+        if found != expected:
+            return (
+                f"tensor {expected.name!r} had checksum {expected.checksum:08x} when it arrived and has "
+                f"{found.checksum:08x} now: this machine's memory was overwritten"
+            )
+    return (
+        "its tensors are sound, so the engine holds others than it was given; give learner and generator the same "
+        "model directory"
+    )
 
 
 def capture(version: int, named: Iterable[tuple[str, Tensor]]) -> State:

@@ -43,6 +43,8 @@ class Want(msgspec.Struct, frozen=True, gc=False, array_like=True):
 class Waiting(msgspec.Struct, frozen=True, gc=False, array_like=True):
     newest: int
     """-1: nothing is published yet. As new as wanted: its difference to the base is being made."""
+    progress: int = 0
+    """Of a relay: changes while something newer is on its way to it."""
 
 
 class Block(msgspec.Struct, frozen=True, gc=False, array_like=True):

@@ -424,6 +424,37 @@ def test_a_drained_generator_leaves_and_its_leases_go_on(brokers: Callable[..., 
         assert [t.attempt for t in broker.take(0)] == [1, 1, 1, 1]
 
 
+def sources_of(generator: FakeGenerator) -> tuple[str, ...]:
+    """What it was told last."""
+    told: list[tuple[str, ...]] = []
+    for message in list(generator.seen):
+        if isinstance(message, Welcome):
+            told.append(tuple(message.weights_address.split(",")))
+        elif isinstance(message, Published) and message.sources:
+            told.append(message.sources)
+    return told[-1] if told else ()
+
+
+def test_relays_are_made_known_and_forgotten_with_the_generator(brokers: Callable[..., Broker]) -> None:
+    broker = brokers(max_lag=0)
+    learner, one = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
+    broker.published(0, "feedbeef")
+    with FakeGenerator(broker.address, "plain") as plain:
+        wait_until(lambda: sources_of(plain) == (learner,))
+        with FakeGenerator(broker.address, "first", relay=one) as first:
+            wait_until(lambda: sources_of(first) == (learner,) and sources_of(plain) == (one, learner))
+            with FakeGenerator(broker.address, "second", relay="not an address") as second:
+                wait_until(lambda: sources_of(second) == (one, learner))
+                welcome = next(message for message in second.seen if isinstance(message, Welcome))
+                assert (welcome.version, welcome.digest) == (0, "feedbeef")
+                broker.take(0)
+                broker.published(1, "0badcafe")
+                announced = Published(1, "0badcafe", (one, learner))
+                wait_until(lambda: announced in second.seen and announced in plain.seen)
+            first.client.send(Leave("enough"))
+            wait_until(lambda: sources_of(plain) == (learner,))
+
+
 def test_an_error_in_the_brokers_thread_reaches_the_learner(brokers: Callable[..., Broker]) -> None:
     broker = brokers()
     with pytest.raises(AssertionError, match="published one is 0"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import generator_support
 import numpy as np
 import pytest
+import torch
 
 from orz_async.broker.messages import (
     Ack,
@@ -140,11 +141,14 @@ class FakeFetcher:
     def __init__(self, address: str, epoch: int) -> None:
         self.address, self.epoch = address, epoch
         self.wanted: list[int] = []
+        self.told: list[tuple[int, str, tuple[str, ...]]] = []
         self.ready: deque[Snapshot] = deque()
         self.is_closed = False
 
-    def want(self, version: int) -> None:
-        self.wanted.append(version)
+    def want(self, version: int, digest: str = "", sources: Sequence[str] = ()) -> None:
+        if version not in self.wanted:
+            self.wanted.append(version)
+        self.told.append((version, digest, tuple(sources)))
 
     def poll(self) -> Snapshot | None:
         return self.ready.popleft() if self.ready else None
@@ -329,6 +333,32 @@ def test_cancelled_leases_leave_engine_grader_and_status() -> None:
     assert rig.engine.idle
     assert not of(Result, rig.say(steps=3))
     assert rig.until_status().progress == ()
+
+
+def test_weights_that_are_damaged_between_arrival_and_engine_are_named() -> None:
+    from orz_async.weights.snapshot import capture
+
+    rig = Rig()
+    rig.serve(version=1)
+    state = capture(2, [("a", torch.zeros(2)), ("b", torch.ones(2))])
+    state.tensors["b"][1] = 3.0
+    tensors: dict[str, Any] = state.tensors | {"digest": "of what the engine serves"}
+    rig.fetcher.ready.append(
+        Snapshot(version=2, epoch=1, tensors=tensors, digest="d", bytes=8, fetch_s=0.1, specs=state.specs)
+    )
+    with pytest.raises(EngineError, match=r"tensor 'b' had checksum .* when it arrived and has"):
+        rig.say(Published(2))
+    assert rig.daemon._weights is not None
+    assert rig.daemon._weights.served == 1
+
+
+def test_where_weights_come_from_is_passed_on_when_it_changes() -> None:
+    rig = Rig()
+    rig.say(replace_welcome(version=1, digest="a"))
+    assert rig.fetcher.told == [(1, "a", ())]
+    relayed = ("tcp://relay", "tcp://weights")
+    rig.say(Published(1, "a", relayed), Published(1, "a", relayed), Published(2, "b", relayed), Published(2, "b"))
+    assert rig.fetcher.told[1:] == [(1, "a", relayed), (2, "b", relayed)]
 
 
 def test_a_lease_waits_for_the_weights_it_asks_for() -> None:

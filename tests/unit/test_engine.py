@@ -25,6 +25,7 @@ from orz_async.generator.kv_cache import KVCache
 from orz_async.generator.sampler import sample as draw
 from orz_async.generator.sampler import uniforms
 from orz_async.generator.transformers_engine import TransformersEngine
+from orz_async.learner.parallel import full_state
 from orz_async.records import Span, as_int32
 from orz_async.weights.snapshot import state_digest
 
@@ -291,11 +292,11 @@ def test_apply_is_all_or_nothing() -> None:
     good = tensors_of(perturbed(tiny_model(), 5, 0.1))
     name, norm = "model.embed_tokens.weight", "model.norm.weight"
     bad = {
-        "1 of 26 parameters are missing, first 'model.norm.weight'": {n: t for n, t in good.items() if n != norm},
+        "1 of 26 tensors are missing, first 'model.norm.weight'": {n: t for n, t in good.items() if n != norm},
         "unexpected tensor 'extra'": good | {"extra": torch.zeros(1)},
         r"'model.norm.weight': expected shape \(32,\), found \(33,\)": good | {norm: torch.zeros(33)},
         "'model.norm.weight' .* not finite": good | {norm: good[norm] * math.nan},
-        "'model.norm.weight' .* not finite numbers": good | {norm: torch.ones(32, dtype=torch.int32)},
+        "'model.norm.weight': expected torch.float32, found torch.int32": good | {norm: torch.ones(32).int()},
         "'lm_head.weight' differs": good | {"lm_head.weight": good[name] + 1},
     }
     for message, tensors in bad.items():
@@ -303,6 +304,39 @@ def test_apply_is_all_or_nothing() -> None:
             engine.apply(1, tensors)
     assert engine.version == 0
     assert_same(finish(engine, [lease(0)]), finish(make_engine(), [lease(0)]))
+
+
+def test_buffers_of_the_models_files_travel_and_others_do_not() -> None:
+    engine, learner = make_engine(), tiny_model()
+    for one in (engine._model.model, learner):
+        one.model.register_buffer("scale", torch.ones(3))
+        one.model.register_buffer("steps", torch.tensor([7]))
+    learner.model.scale.mul_(2)
+    tensors = dict(full_state(learner))
+    assert {"model.scale", "model.steps"} == tensors.keys() - tensors_of(tiny_model()).keys()
+    assert not [name for name in tensors if "inv_freq" in name]
+    assert engine.apply(1, tensors) == state_digest(tensors)
+    assert engine._model.model.model.scale.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(EngineError, match=r"1 of 28 tensors are missing, first 'model\.scale'"):
+        engine.apply(2, {name: tensor for name, tensor in tensors.items() if name != "model.scale"})
+    assert engine.version == 1
+
+
+def test_an_engine_that_does_not_hold_what_it_was_given_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    victim = dict(engine._model.model.named_parameters())["model.norm.weight"]
+    copy = torch.Tensor.copy_
+
+    def faulty(self: torch.Tensor, *args: object) -> torch.Tensor:
+        result = copy(self, *args)  # type: ignore[arg-type]
+        if self is victim:
+            self.view(torch.int32)[5] ^= 1 << 20
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "copy_", faulty)
+    with pytest.raises(EngineError, match=r"tensor 'model\.norm\.weight': expected to serve checksum"):
+        engine.apply(1, tensors_of(perturbed(tiny_model(), 5, 0.1)))
+    assert engine.version == 0  # half an update is never called a version
 
 
 def test_versions_grow_while_sequences_run() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learner_kit as kit
@@ -27,6 +28,7 @@ from orz_async.learner.attention import PackedLayout
 from orz_async.learner.audit import Auditor
 from orz_async.learner.batch import make_step_batch
 from orz_async.learner.durable import begin_epoch
+from orz_async.learner.lag_table import LagTable
 from orz_async.learner.loop import Learner
 from orz_async.learner.model import build_critic, load_policy
 from orz_async.learner.parallel import World
@@ -35,6 +37,8 @@ from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
 from orz_async.records import Span, Trajectory, float32_bytes, int32_bytes
+from orz_async.weights.protocol import PublishReport
+from orz_async.weights.snapshot import state_digest
 
 END = 0
 
@@ -54,11 +58,13 @@ class Sampler:
         self.on_take: Callable[[int], None] = lambda step: None
         self.on_published: Callable[[int], None] = lambda version: None
 
-    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
+    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> PublishReport:
         self.told.append(("publish", version))
         self.versions[version] = {name: t.clone() for name, t in named}
+        return PublishReport(version=version, bytes=0, seconds=0.0, digest=state_digest(self.versions[version]))
 
-    def published(self, version: int) -> None:
+    def published(self, version: int, digest: str) -> None:
+        assert digest == state_digest(self.versions[version])
         self.told.append(("published", version))
         self.on_published(version)
 
@@ -290,6 +296,11 @@ def test_audit_compares_under_the_versions_that_sampled(model: Path, tmp_path: P
     assert all(list(e["lag_histogram"]) == ["1"] for e in later)
     assert all(e["mismatch_tokens"] > 0 for e in later), "only the audited rollouts can be compared"
     assert all(e["mismatch_max"] < 1e-5 for e in later)
+    for event in later:
+        assert event["mismatch_by_lag"].keys() == {"1"}
+        one = event["mismatch_by_lag"]["1"]
+        assert {f"mismatch_{name}": value for name, value in one.items()}.items() <= event.items()
+        assert 0 <= one["k3"] <= one["max"] ** 2
     assert any(abs(e["policy"]["ratio_max"] - 1) > 1e-4 for e in later), "the policy has moved since"
 
 
@@ -297,8 +308,40 @@ def test_an_engine_that_computes_something_else_is_noticed(model: Path, tmp_path
     config = make_config(model, learner={"mismatch_warn": 1e-3, "mismatch_stop": 0.01})
     run(config, tmp_path / "warned", Sampler(config, error=-0.005))
     assert [round(e["max"], 4) for e in events(tmp_path / "warned", "mismatch")] == [0.005] * 4
+    for event in events(tmp_path / "warned", "mismatch"):
+        assert event["k3"] == pytest.approx(np.expm1(0.005) - 0.005, rel=1e-2)
+        assert event["by_lag"]["0"]["mean"] == pytest.approx(0.005, rel=1e-2)
     with pytest.raises(NumericError, match=r"mismatch_stop = 0\.01"):
         run(config, tmp_path / "stopped", Sampler(config, error=-0.05))
+
+
+@pytest.mark.parametrize("error", [-0.05, float("nan")])
+def test_stopping_does_not_depend_on_warning(model: Path, error: float) -> None:
+    table = LagTable(1)
+    table.add_mismatch(1, torch.tensor([0.0, error]))
+    config = make_config(model, learner={"mismatch_warn": 1.0, "mismatch_stop": 0.01})
+    learner = Learner(config, SimpleNamespace(num_steps=0), None, SimpleNamespace(events=EventLog.disabled()))  # type: ignore[arg-type]
+    with pytest.raises(NumericError, match=r"mismatch_stop = 0\.01"):
+        learner.check_mismatch(table)
+
+
+def test_mismatch_by_lag_is_summed_over_ranks() -> None:
+    """k3 of the differences d is the mean of exp(d) - 1 - d, for each lag by itself."""
+    deltas = {0: torch.tensor([0.1, -0.2]), 2: torch.tensor([0.3])}
+    table, other = LagTable(2), LagTable(2)
+    for lag, delta in deltas.items():
+        table.add_mismatch(lag, delta)
+    other.add_mismatch(2, torch.tensor([-0.4]))
+    theirs = torch.cat([other._sums.flatten(), other._mismatch.flatten(), other._mismatch_max])
+    table.sum_over(SimpleNamespace(gather=lambda mine: [mine, theirs]))  # type: ignore[arg-type]
+    found = table.mismatch_by_lag()
+    assert found.keys() == {"0", "2"}
+    assert found["2"] == pytest.approx(
+        {"max": 0.4, "mean": 0.35, "k3": (np.exp(0.3) - 1.3 + np.exp(-0.4) - 0.6) / 2, "tokens": 2}, rel=1e-6
+    )
+    assert table.mismatch() == pytest.approx(
+        (0.4, 0.25, float(np.mean([np.exp(d) - 1 - d for d in (0.1, -0.2, 0.3, -0.4)])), 4), rel=1e-6
+    )
 
 
 def test_a_complete_run_has_nothing_left_to_do(model: Path, tmp_path: Path) -> None:

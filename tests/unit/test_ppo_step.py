@@ -285,7 +285,7 @@ def test_ratio_is_exactly_one_without_lag(model_path: Path, objective: str) -> N
     report, table = trainer.update_policy(trainer.begin(batch))
     assert (report.stats["ratio_min"], report.stats["ratio_mean"], report.stats["ratio_max"]) == (1.0, 1.0, 1.0)
     assert report.stats["clip_low"] == report.stats["clip_high"] == report.stats["kl_k3"] == 0.0
-    assert table.mismatch() == (0.0, 0.0, sum(t.num_response_tokens for t in batch))
+    assert table.mismatch() == (0.0, 0.0, 0.0, sum(t.num_response_tokens for t in batch))
 
 
 def test_equal_seeds_equal_bits(model_path: Path) -> None:

@@ -8,17 +8,19 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from weights_support import Recorder, assert_same_bits, model, no_leaks, until
+from weights_support import Recorder, assert_same_bits, libuv, model, no_leaks, until
 
 from orz_async.errors import ConfigError, DiskError, PeerLostError, WireError
 from orz_async.weights.file import FileFetcher, FilePublisher
 from orz_async.weights.manifest import Limits
+from orz_async.weights.nccl_fetcher import NcclFetcher
+from orz_async.weights.nccl_publisher import NcclPublisher
 from orz_async.weights.snapshot import state_digest
 from orz_async.weights.stream import StreamFetcher, StreamPublisher
 from orz_async.weights.transport import connect, serve
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-__all__ = ["no_leaks"]  # a fixture
+__all__ = ["libuv", "no_leaks"]  # fixtures
 
 
 @pytest.fixture
@@ -98,7 +100,11 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
 
 
 def test_the_address_names_the_transport(stack: ExitStack, tmp_path: Path) -> None:
-    kinds = {f"file://{tmp_path}": (FilePublisher, FileFetcher), "tcp://127.0.0.1:0": (StreamPublisher, StreamFetcher)}
+    kinds = {
+        f"file://{tmp_path}": (FilePublisher, FileFetcher),
+        "tcp://127.0.0.1:0": (StreamPublisher, StreamFetcher),
+        "nccl://127.0.0.1:0": (NcclPublisher, NcclFetcher),
+    }
     for bind, (publisher_kind, fetcher_kind) in kinds.items():
         publisher = stack.enter_context(closing(serve(bind, 3, Recorder())))
         assert isinstance(publisher, publisher_kind)
@@ -109,5 +115,7 @@ def test_the_address_names_the_transport(stack: ExitStack, tmp_path: Path) -> No
         snapshot = until(fetcher.poll)
         assert snapshot is not None
         assert snapshot.digest == state_digest(model())
-    with pytest.raises(ConfigError, match="expected a weights address with tcp://, ipc:// or file://, got 'udp://x'"):
+    with pytest.raises(
+        ConfigError, match="expected a weights address with tcp://, ipc://, nccl:// or file://, got 'udp://x'"
+    ):
         connect("tcp://127.0.0.1:1,udp://x", 3, Recorder())

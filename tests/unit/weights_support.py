@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from orz_async.weights import group
+
 T = TypeVar("T")
 Named = dict[str, torch.Tensor]
 
@@ -25,6 +27,13 @@ class Recorder:
 
     def emit(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libuv() -> None:
+    """torch's store keeps one pipe for the life of the process; it is no leak of a test."""
+    store, _ = group.listen("nccl://127.0.0.1:0", 0, "gloo")
+    del store
 
 
 @pytest.fixture
