@@ -20,6 +20,50 @@ using Item = std::pair<double, Index>;  // cost, index
 
 constexpr int kRefineRounds = 64;
 
+// Longest first, equal lengths in the order of their indices: counting sort by 11 bits at a time, since everything below
+// wants this order and comparing is what it would spend its time on.
+inline std::vector<Index> longest_first(const std::vector<int64_t>& lengths) {
+  constexpr size_t kBits = 11, kBuckets = size_t{1} << kBits;
+  std::vector<Index> order(lengths.size()), next(lengths.size());
+  std::iota(order.begin(), order.end(), 0);
+  const int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+  for (size_t shift = 0; shift < 63 && (longest >> shift) != 0; shift += kBits) {
+    const auto bucket = [&](Index i) {
+      return kBuckets - 1 - (static_cast<size_t>(lengths[static_cast<size_t>(i)] >> shift) & (kBuckets - 1));
+    };
+    std::vector<size_t> ends(kBuckets + 1, 0);
+    for (Index i : order) ++ends[bucket(i) + 1];
+    for (size_t b = 0; b < kBuckets; ++b) ends[b + 1] += ends[b];
+    for (Index i : order) next[ends[bucket(i)]++] = i;
+    order.swap(next);
+  }
+  return order;
+}
+
+// Costliest first, equal costs in the order of their indices. Cost grows with length, but for lengths so near that it
+// rounds to the same number.
+inline std::vector<Index> costliest_first(const std::vector<Index>& by_length, const std::vector<double>& costs) {
+  const auto before = [&](Index a, Index b) {
+    const double left = costs[static_cast<size_t>(a)], right = costs[static_cast<size_t>(b)];
+    return left != right ? left > right : a < b;
+  };
+  std::vector<Index> order = by_length;
+  if (!std::is_sorted(order.begin(), order.end(), before)) std::sort(order.begin(), order.end(), before);
+  return order;
+}
+
+// The members of each rank, every one in the order of `order`.
+inline Ranks in_order(const Ranks& ranks, const std::vector<Index>& order) {
+  std::vector<size_t> rank_of(order.size());
+  Ranks sorted(ranks.size());
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    sorted[r].reserve(ranks[r].size());
+    for (Index i : ranks[r]) rank_of[static_cast<size_t>(i)] = r;
+  }
+  for (Index i : order) sorted[rank_of[static_cast<size_t>(i)]].push_back(i);
+  return sorted;
+}
+
 // Karmarkar-Karp, k-way. A partial partition is a single item, or a row of k slots, ascending by sum, each a linked
 // list of items. Most joins put one more item onto a row; rows come from a pool that stays in the cache.
 class Differencing {
@@ -27,28 +71,43 @@ class Differencing {
   Differencing(const std::vector<double>& costs, size_t num_ranks)
       : k_(num_ranks), costs_(costs), next_(costs.size(), -1), joined_(k_), place_(k_), order_(k_) {}
 
-  Ranks solve() {
-    // Items need no heap: they are all there from the start, so sorting them once is enough.
-    std::vector<Entry> items;
-    items.reserve(costs_.size());
-    for (size_t i = 0; i < costs_.size(); ++i) items.push_back({costs_[i], static_cast<Index>(i), static_cast<Index>(~i)});
-    std::sort(items.begin(), items.end(), [](const Entry& a, const Entry& b) { return b < a; });
-    std::vector<Entry> rows;  // a heap
+  // `order`: the costliest item first, equal ones by index.
+  Ranks solve(const std::vector<Index>& order) {
+    // Items need no heap: in order they are one. Nor does the row made last, which until each of its slots has an item
+    // is the very next to be joined.
     size_t taken = 0;
+    std::vector<Entry> heap;
+    Entry hand{};
+    bool holding = false;
     const auto take = [&] {
-      if (rows.empty() || (taken < items.size() && rows.front() < items[taken])) return items[taken++];
-      const Entry top = rows.front();
-      std::pop_heap(rows.begin(), rows.end());
-      rows.pop_back();
-      return top;
+      Entry best{-1.0, 0, 0};
+      const bool any_item = taken < order.size();
+      if (any_item) best = {costs_[static_cast<size_t>(order[taken])], order[taken], static_cast<Index>(~order[taken])};
+      const bool from_heap = !heap.empty() && (!any_item || best < heap.front());
+      if (from_heap) best = heap.front();
+      if (holding && ((!any_item && !from_heap) || best < hand)) {
+        holding = false;
+        return hand;
+      }
+      if (from_heap) {
+        std::pop_heap(heap.begin(), heap.end());
+        heap.pop_back();
+      } else {
+        ++taken;
+      }
+      return best;
     };
-    const auto count = static_cast<Index>(items.size());
+    const auto count = static_cast<Index>(order.size());
     for (Index joined = 1; joined < count; ++joined) {
       const Entry left = take(), right = take();
       const Index row = join(left.where, right.where);
+      if (holding) {
+        heap.push_back(hand);
+        std::push_heap(heap.begin(), heap.end());
+      }
       const Slot* slots = slots_of(row);
-      rows.push_back({slots[k_ - 1].sum - slots[0].sum, count + joined - 1, row});
-      std::push_heap(rows.begin(), rows.end());
+      hand = {slots[k_ - 1].sum - slots[0].sum, count + joined - 1, row};
+      holding = true;
     }
     const Entry last = take();
     Ranks ranks(k_);
@@ -156,14 +215,14 @@ class Differencing {
   std::vector<size_t> order_;
 };
 
-inline Ranks partition(const std::vector<double>& costs, size_t num_ranks) {
+inline Ranks partition(const std::vector<double>& costs, const std::vector<Index>& order, size_t num_ranks) {
   if (num_ranks == 1 || costs.empty()) {
     Ranks ranks(num_ranks);
     ranks[0].resize(costs.size());
     std::iota(ranks[0].begin(), ranks[0].end(), 0);
     return ranks;
   }
-  return Differencing(costs, num_ranks).solve();
+  return Differencing(costs, num_ranks).solve(order);
 }
 
 struct Exchange {
@@ -195,12 +254,14 @@ inline void insert_sorted(std::vector<Item>& items, Item item) {
   items.insert(std::upper_bound(items.begin(), items.end(), item), item);
 }
 
-inline Ranks refine(const Ranks& ranks, const std::vector<double>& costs) {
+// `ascending`: all items, the cheapest first, equal ones by index.
+inline Ranks refine(const Ranks& ranks, const std::vector<double>& costs, const std::vector<Index>& ascending) {
   std::vector<std::vector<Item>> items(ranks.size());
   std::vector<double> loads(ranks.size(), 0.0);
+  const Ranks sorted = in_order(ranks, ascending);
   for (size_t r = 0; r < ranks.size(); ++r) {
-    for (Index i : ranks[r]) items[r].emplace_back(costs[static_cast<size_t>(i)], i);
-    std::sort(items[r].begin(), items[r].end());
+    items[r].reserve(sorted[r].size() + 1);
+    for (Index i : sorted[r]) items[r].emplace_back(costs[static_cast<size_t>(i)], i);
     for (const Item& item : items[r]) loads[r] += item.first;
   }
   for (size_t round = 0; round < kRefineRounds * ranks.size(); ++round) {
@@ -227,10 +288,9 @@ inline Ranks refine(const Ranks& ranks, const std::vector<double>& costs) {
   return out;
 }
 
-inline Ranks first_fit_decreasing(std::vector<Index> rank, const std::vector<int64_t>& lengths, int64_t max_tokens) {
+// `rank`: its longest first.
+inline Ranks first_fit(const std::vector<Index>& rank, const std::vector<int64_t>& lengths, int64_t max_tokens) {
   const auto length = [&](Index i) { return lengths[static_cast<size_t>(i)]; };
-  std::sort(rank.begin(), rank.end(),
-            [&](Index a, Index b) { return length(a) != length(b) ? length(a) > length(b) : a < b; });
   Ranks bins;
   std::vector<int64_t> room;
   for (Index i : rank) {
@@ -256,10 +316,20 @@ inline Packed pack(const std::vector<int64_t>& lengths, int64_t max_tokens, size
     const auto length = static_cast<double>(n);
     costs.push_back(linear * length + square * (length * length));
   }
+  const std::vector<Index> by_length = longest_first(lengths), by_cost = costliest_first(by_length, costs);
+  std::vector<Index> ascending(by_cost.rbegin(), by_cost.rend());
+  // Backwards, equal costs come by falling index.
+  for (auto first = ascending.begin(); first != ascending.end();) {
+    const double cost = costs[static_cast<size_t>(*first)];
+    const auto last = std::find_if(first, ascending.end(), [&](Index i) { return costs[static_cast<size_t>(i)] != cost; });
+    std::reverse(first, last);
+    first = last;
+  }
   Packed packed;
   size_t most = 0;
-  for (const auto& rank : refine(partition(costs, num_ranks), costs)) {
-    Ranks bins = first_fit_decreasing(rank, lengths, max_tokens);
+  const Ranks balanced = refine(partition(costs, by_cost, num_ranks), costs, ascending);
+  for (const auto& rank : in_order(balanced, by_length)) {
+    Ranks bins = first_fit(rank, lengths, max_tokens);
     std::vector<double> heavy(bins.size(), 0.0);
     for (size_t k = 0; k < bins.size(); ++k)
       for (Index i : bins[k]) heavy[k] += costs[static_cast<size_t>(i)];
