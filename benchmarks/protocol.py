@@ -99,7 +99,8 @@ def save(suite: str, rows: list[Row], *, device: str, out: Path | None = None) -
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
+        # The name of the file alone: where somebody keeps it says nothing about the measurement.
+        "command": " ".join(["python -m benchmarks.run", *(w if w != str(out) else path.name for w in sys.argv[1:])]),
         "versions": versions(),
         "rows": rows,
     }
