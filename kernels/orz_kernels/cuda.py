@@ -66,8 +66,14 @@ def find() -> Path:
 def library(path: Path | None = None) -> ctypes.CDLL:
     """The library, opened once, with the argument types of orz_cuda.h. Every pointer travels as an address."""
     path = path or find()
-    opened = ctypes.CDLL(str(path))
-    found = opened.orz_cuda_interface()
+    try:
+        opened = ctypes.CDLL(str(path))
+        found = opened.orz_cuda_interface()
+    except (OSError, AttributeError) as error:
+        # ImportError, so that `auto` goes on to the next backend: one made for another system opens nowhere else.
+        raise ImportError(
+            f"{path}: expected a library that opens here, found: {error}; build csrc/cuda again"
+        ) from error
     if found != INTERFACE:
         raise ImportError(f"{path}: expected interface {INTERFACE}, found {found}; build csrc/cuda again")
     opened.orz_cuda_error.argtypes, opened.orz_cuda_error.restype = [c_int], c_char_p

@@ -186,6 +186,18 @@ def test_library_opens_without_a_gpu_and_says_what_is_missing(tmp_path):
     assert "CUDA" in message
 
 
+def test_a_library_of_another_system_is_an_import_error(tmp_path, host):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from orz_kernels import cuda
+
+    junk = tmp_path / "liborz_cuda.so"
+    junk.write_bytes(b"of another system")
+    with pytest.raises(ImportError, match=r"expected a library that opens here, found: .*build csrc/cuda again"):
+        cuda.library(junk)
+    with pytest.raises(ImportError, match=r"expected a library that opens here, found: .*orz_cuda_interface"):
+        cuda.library(Path(host._name))
+
+
 def test_what_is_not_on_a_gpu_is_refused():
     pytest.importorskip("triton", reason="the package triton is not installed")
     from orz_kernels import cuda
