@@ -24,7 +24,15 @@ class Learner:
     """One life. A killed learner never acts again; the next one is another object."""
 
     def __init__(
-        self, model: LearnerModel, clock: Clock, hub: LearnerSide, *, version: int, steps: int, prompt_tokens: float
+        self,
+        model: LearnerModel,
+        clock: Clock,
+        hub: LearnerSide,
+        *,
+        version: int,
+        steps: int,
+        prompt_tokens: float,
+        on_step: Callable[[], None],
     ) -> None:
         self.model = model
         self.clock = clock
@@ -37,6 +45,7 @@ class Learner:
         self.step_ends: list[float] = []
         self.step_waits: list[float] = []
         self._prompt_tokens = prompt_tokens
+        self._on_step = on_step
         self._asked_at = 0.0
         self._tokens = 0.0
 
@@ -82,5 +91,6 @@ class Learner:
     def _end_step(self) -> None:
         if self.alive and not self._is_frozen(self._end_step):
             self.step_ends.append(self.clock.now)
+            self._on_step()
             self.done = self.version == self.steps
             self._take()

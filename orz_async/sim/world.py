@@ -46,6 +46,21 @@ class Scenario:
     limit_s: float = float("inf")
     """A run that has not ended by then hangs."""
     hashed: bool = True
+    status_s: float = 0.0
+    """Period of the generators' Status where nothing gets lost and it only costs time; 0: the ledger's heartbeat_s."""
+    stop_after: int = 0
+    """End after so many learner steps, with rollouts in flight; 0: after the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Sums over all generators at the end of a learner step."""
+
+    generator_s: float
+    waits: dict[str, float]
+    """Idle seconds by cause."""
+    tokens: float
+    """Sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +80,7 @@ class Outcome:
     restarts: int
     lengths: list[int]
     """Of the trained rollouts, in the order of training."""
-    generator_waits: dict[str, float]
-    """Seconds by cause, over all generators."""
-    generator_s: float
-    """Life time of all generators."""
-    tokens: float
-    """Sampled by all engines."""
+    marks: list[Mark]
 
 
 class World:
@@ -95,6 +105,7 @@ class World:
         )
         self.faults = Faults(scenario.faults, self.clock, self.random, self.hub, self.network, self)
         self.all_generators: list[Generator] = []
+        self.marks: list[Mark] = []
 
     def run(self) -> Outcome:
         try:
@@ -117,10 +128,14 @@ class World:
         self.clock.run(self.scenario.limit_s, self._is_done)
         if not self._is_done():
             raise Violation(f"no end after {self.clock.now:.0f} virtual seconds: {self._awaited()}")
-        self.oracle.finished(self.hub.ledger.book)
+        if not self.scenario.stop_after:
+            self.oracle.finished(self.hub.ledger.book)
 
     def _is_done(self) -> bool:
-        return self.hub.learner is not None and self.hub.learner.done
+        learner = self.hub.learner
+        if learner is not None and self.scenario.stop_after:
+            return len(learner.step_ends) >= self.scenario.stop_after
+        return learner is not None and learner.done
 
     def _awaited(self) -> str:
         return "no learner" if self.hub.learner is None else waiting_line(self.hub.ledger, self.clock.now)
@@ -139,7 +154,7 @@ class World:
             clock=self.clock,
             network=self.network,
             hub=self.hub,
-            heartbeat_s=self.scenario.ledger.heartbeat_s,
+            heartbeat_s=self.scenario.status_s or self.scenario.ledger.heartbeat_s,
             prompt_tokens=self.scenario.prompt_tokens,
             quiet=self.network.is_direct,
         )
@@ -158,17 +173,22 @@ class World:
             version=version,
             steps=self.scenario.ledger.total_steps,
             prompt_tokens=self.scenario.prompt_tokens,
+            on_step=self._mark,
         )
 
-    def _outcome(self, violation: str) -> Outcome:
-        learner = self.hub.learner
+    def _mark(self) -> None:
+        if not self.scenario.stop_after:
+            return
         waits: Counter[str] = Counter()
         tokens = 0.0
         for generator in self.all_generators:
-            if generator.alive:
-                generator.settle()
+            generator.settle()
             waits.update(generator.waits)
             tokens += generator.engine.tokens
+        self.marks.append(Mark(self.clock.now * len(self.all_generators), dict(waits), tokens))
+
+    def _outcome(self, violation: str) -> Outcome:
+        learner = self.hub.learner
         return Outcome(
             violation=violation,
             hash=self.history.hash() if self.history else "",
@@ -181,7 +201,5 @@ class World:
             faults=self.faults.counts,
             restarts=self.oracle.restarts,
             lengths=self.oracle.trained_lengths,
-            generator_waits=dict(waits),
-            generator_s=self.clock.now * len(self.all_generators),
-            tokens=tokens,
+            marks=self.marks,
         )
