@@ -15,7 +15,17 @@ from orz_async.observe.progress import Progress
 from orz_async.sim.measured import Measured, measure
 from orz_async.sim.memory import Memory, generator_memory, learner_memory
 from orz_async.sim.models import LengthModel
-from orz_async.sim.planner import Candidate, Forecast, KnownLengths, Pools, forecast, recommend, splits
+from orz_async.sim.planner import (
+    Candidate,
+    Forecast,
+    KnownLengths,
+    Pools,
+    coarse_forecast,
+    coarsened,
+    forecast,
+    recommend,
+    splits,
+)
 from orz_async.sim.rates import Device, Rates, assumed, find_device
 from orz_async.sim.shape import LENGTHS, Shape, find_shape
 from orz_async.sim.tasks import Lengths
@@ -104,6 +114,9 @@ def print_plan(config: Config, options: argparse.Namespace) -> None:
     print(f"  lengths    {law}, cut at {config.sampling.max_new_tokens:,}: {lengths.average:,.0f} tokens on average")
     print(f"  prompts    {'measured' if measured else 'assumed'}: {prompt_tokens:,.0f} tokens on average")
     print(f"  slots      {config.generator.slots} sequences an engine, {config.generator.queue} leases queued")
+    _, _, k = coarsened(config, Pools(1, rates(1).engine, rates(1).learner))
+    if k > 1:
+        print(f"  simulation one rollout stands for {k}, an engine's slots and queue are counted so too")
     print("\nsimulated  generators : learner")
     best = recommend(candidates)
     for candidate in candidates:
@@ -176,7 +189,7 @@ def _simulate(
             progress(f"simulating {g} : {gpus - g}, lag {lag}", index / len(work))
             now = rates(gpus - g)
             pools = Pools(g // engine_gpus, now.engine, now.learner)
-            found = forecast(config, pools, tasks, prompt_tokens=prompt_tokens, max_lag=lag)
+            found = coarse_forecast(config, pools, tasks, prompt_tokens=prompt_tokens, max_lag=lag)
             candidates.append(Candidate(g, gpus - g, found))
     return candidates
 
@@ -187,6 +200,8 @@ def _print_memory(
     print(f"\nmemory a GPU, GiB of {device.memory:g} (estimated from the shape)")
     learner = learner_memory(shape, config, best.learner_gpus)
     print(f"  learner    {_parts(learner, device)}")
+    if learner.total > MARGIN * device.memory:
+        print("             lower --learner.max-tokens (not below one sequence), or give the learner more GPUs")
     print(f"  generator  {_parts(generator_memory(shape, config, engine_gpus, context), device)} at mean length")
     full = generator_memory(shape, config, engine_gpus, longest)
     print(f"  generator  {_parts(full, device)} if every slot is full")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -15,8 +15,11 @@ from orz_async.sim.models import EngineModel, LearnerModel, LengthModel
 from orz_async.sim.tasks import Lengths
 from orz_async.sim.world import Outcome, Scenario, World
 
-_MEASURED_STEPS = 6
+_MEASURED_STEPS = 5
 """Learner steps that count, after those that fill the pipeline."""
+MOST_ROLLOUTS = 2048
+"""Of a simulated step; where there are more, one stands for several."""
+_LEAST_SLOTS = 16
 _WORTH = 0.97
 """A smaller lag or pool is preferred when it gives this much of the best."""
 
@@ -26,6 +29,37 @@ class Pools:
     generators: int
     engine: EngineModel
     learner: LearnerModel
+
+
+def coarsened(config: Config, pools: Pools) -> tuple[Config, Pools, int]:
+    """The same pipeline with k rollouts in one, and k; k = 1 where it is small anyway.
+
+    A row then costs as much as k rows, a token as much as k tokens, and an engine has 1/k of the slots: all times stay,
+    only the queues are coarser. Leases live long, for nobody fails here and heartbeats would only cost time.
+    """
+    rollouts, slots = config.broker.rollouts_per_step, pools.engine.slots
+    k = next(
+        k
+        for k in range(max(1, rollouts // MOST_ROLLOUTS), 0, -1)
+        if (rollouts % k == 0 and k * _LEAST_SLOTS <= slots) or k == 1
+    )
+    lease_s = max(config.broker.lease_s, 120.0)
+    broker = replace(
+        config.broker,
+        prompts_per_step=rollouts // k,
+        samples_per_prompt=1,
+        lease_s=lease_s,
+        heartbeat_s=lease_s / 16,
+    )
+    engine = replace(
+        pools.engine,
+        slots=slots // k,
+        queue=pools.engine.queue // k,
+        row_s=pools.engine.row_s * k,
+        prefill_s=pools.engine.prefill_s * k,
+    )
+    learner = replace(pools.learner, policy_s=pools.learner.policy_s * k, critic_s=pools.learner.critic_s * k)
+    return replace(config, broker=broker), Pools(pools.generators, engine, learner), k
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +124,13 @@ def forecast(
     return _steady(outcome, warm, ledger.rollouts_per_step, max_lag)
 
 
+def coarse_forecast(config: Config, pools: Pools, lengths: Lengths, *, prompt_tokens: float, max_lag: int) -> Forecast:
+    """`forecast` of the coarsened pipeline: seconds instead of minutes for thousands of rollouts a step."""
+    small, fewer, k = coarsened(config, pools)
+    found = forecast(small, fewer, lengths, prompt_tokens=prompt_tokens, max_lag=max_lag)
+    return replace(found, samples_s=found.samples_s * k, tokens_s=found.tokens_s * k)
+
+
 def _steady(outcome: Outcome, warm: int, rollouts: int, max_lag: int) -> Forecast:
     ends, waits = outcome.step_ends, outcome.step_waits
     seconds, steps = ends[-1] - ends[warm - 1], len(ends) - warm
@@ -114,7 +155,7 @@ class Candidate:
     forecast: Forecast
 
 
-def splits(gpus: int, engine_gpus: int, generator_s: float, learner_s: float, most: int = 5) -> list[int]:
+def splits(gpus: int, engine_gpus: int, generator_s: float, learner_s: float, most: int = 4) -> list[int]:
     """GPUs for generation worth simulating: around where both sides take the same time.
 
     `generator_s` and `learner_s`: seconds a step takes on one GPU of that side alone.
