@@ -34,8 +34,8 @@ class Pools:
 def coarsened(config: Config, pools: Pools) -> tuple[Config, Pools, int]:
     """The same pipeline with k rollouts in one, and k; k = 1 where it is small anyway.
 
-    A row then costs as much as k rows, a token as much as k tokens, and an engine has 1/k of the slots: times stay, only
-    the queues are coarser, and a length rarer than one in B / k is met in fewer steps. Leases live long, for nobody
+    A row then costs as much as k rows, a token as much as k tokens, and an engine has 1/k of the slots: times stay, but
+    queues are coarser, and a length rarer than one in B / k is met in fewer steps. Leases live long, for nobody
     fails here and heartbeats would only cost time.
     """
     rollouts, slots = config.broker.rollouts_per_step, pools.engine.slots
