@@ -205,9 +205,10 @@ def sim(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
+    from orz_async.cli_config import parse_config
     from orz_async.sim.plan_command import plan as make_plan
 
-    return make_plan(argv)
+    return make_plan(argv, lambda words: parse_config(words, prog="orz plan"))
 
 
 def version(argv: list[str]) -> int:

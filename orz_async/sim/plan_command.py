@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orz_async.cli_config import parse_config
 from orz_async.config import Config
 from orz_async.errors import ConfigError
 from orz_async.observe.progress import Progress
@@ -72,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def plan(argv: list[str]) -> int:
+def plan(argv: list[str], parse_config: Callable[[list[str]], Config]) -> int:
+    """`parse_config` makes a configuration of a recipe and settings, as `orz run` does."""
     options, rest = parser().parse_known_args(argv)
     if options.run is not None:
         if rest or options.gpus:
@@ -81,7 +81,7 @@ def plan(argv: list[str]) -> int:
         return 0
     if options.gpus is None or options.gpus < 2:
         raise ConfigError(f"expected --gpus N of at least 2, found {options.gpus}; one generates, one learns")
-    print_plan(parse_config(rest, prog="orz plan"), options)
+    print_plan(parse_config(rest), options)
     return 0
 
 
@@ -126,7 +126,7 @@ def print_plan(config: Config, options: argparse.Namespace) -> None:
         _print_memory(shape, config, device, best, engine_gpus, longest, prompt_tokens + lengths.average)
     chosen = best.forecast
     print(
-        f"\nrecommended (simulated): {best.generator_gpus} GPUs generate, {best.learner_gpus} learn, "
+        f"\nrecommended (simulated): {best.generator_gpus} of {options.gpus} GPUs generate, {best.learner_gpus} learn, "
         f"--broker.max-lag {chosen.max_lag}: {chosen.step_s:.1f} s a step, {chosen.samples_s:,.0f} samples/s"
     )
 

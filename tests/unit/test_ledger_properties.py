@@ -4,7 +4,7 @@ The machine plays learner, generators, network and operator; it keeps every entr
 snapshots (checkpoints) and restarts from them. When hypothesis is done with its mischief, one healthy generator must be
 enough to finish the run.
 
-`make test` takes at least 20,000 steps; `pytest --long` (or ORZ_LONG=1) over two million.
+`make test` takes at least 20,000 steps; `pytest --long` (or ORZ_LONG=1) over a million.
 """
 
 from __future__ import annotations
