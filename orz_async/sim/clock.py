@@ -8,26 +8,47 @@ from typing import Any
 
 
 class Clock:
-    """A queue of calls by time; calls of the same time run in the order in which they were made."""
+    """A queue of calls by time; calls of the same time run in the order in which they were made.
+
+    Many calls share a moment (thousands of generators that fetch the same weights), so the heap holds moments, not
+    calls.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._calls: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._serial = 0
+        self._stopped = False
+        self._moments: list[float] = []
+        """Heap of the keys of `_calls`."""
+        self._calls: dict[float, list[tuple[Callable[..., None], tuple[Any, ...]]]] = {}
 
     def at(self, time: float, call: Callable[..., None], *arguments: Any) -> None:
-        self._serial += 1
-        heappush(self._calls, (time if time > self.now else self.now, self._serial, call, arguments))
+        if time < self.now:
+            time = self.now
+        calls = self._calls.get(time)
+        if calls is None:
+            self._calls[time] = [(call, arguments)]
+            heappush(self._moments, time)
+        else:
+            calls.append((call, arguments))
 
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)
 
-    def run(self, until: float, finished: Callable[[], bool]) -> None:
-        """Advance until `finished`, until that time, or until nothing is left to happen."""
-        calls = self._calls
-        while calls and not finished():
-            if calls[0][0] > until:
+    def stop(self) -> None:
+        """Let `run` return after the present call."""
+        self._stopped = True
+
+    def run(self, until: float) -> None:
+        """Advance until `stop`, until that time, or until nothing is left to happen. Not to be resumed."""
+        moments = self._moments
+        while moments:
+            if moments[0] > until:
                 self.now = until
                 return
-            self.now, _, call, arguments = heappop(calls)
-            call(*arguments)
+            self.now = moments[0]
+            # What is called may add to this very moment; the list grows under the loop, and that is wanted.
+            for call, arguments in self._calls[self.now]:
+                call(*arguments)
+                if self._stopped:
+                    return
+            del self._calls[heappop(moments)]

@@ -51,7 +51,10 @@ class Learner:
 
     def begin(self) -> None:
         self.hub.publish(self.version)
-        self.done = self.version == self.steps
+        if self.version == self.steps:
+            # The last step was saved, and the learner killed before it could say so.
+            self.done = True
+            self._on_step()
         self._take()
 
     def _take(self) -> None:
@@ -91,6 +94,6 @@ class Learner:
     def _end_step(self) -> None:
         if self.alive and not self._is_frozen(self._end_step):
             self.step_ends.append(self.clock.now)
-            self._on_step()
             self.done = self.version == self.steps
+            self._on_step()
             self._take()

@@ -125,7 +125,7 @@ class World:
         for _ in range(self.scenario.generators):
             self.spawn()
         self.faults.begin()
-        self.clock.run(self.scenario.limit_s, self._is_done)
+        self.clock.run(self.scenario.limit_s)
         if not self._is_done():
             raise Violation(f"no end after {self.clock.now:.0f} virtual seconds: {self._awaited()}")
         if not self.scenario.stop_after:
@@ -173,12 +173,16 @@ class World:
             version=version,
             steps=self.scenario.ledger.total_steps,
             prompt_tokens=self.scenario.prompt_tokens,
-            on_step=self._mark,
+            on_step=self._step_ended,
         )
 
+    def _step_ended(self) -> None:
+        if self.scenario.stop_after:
+            self._mark()
+        if self._is_done():
+            self.clock.stop()
+
     def _mark(self) -> None:
-        if not self.scenario.stop_after:
-            return
         waits: Counter[str] = Counter()
         tokens = 0.0
         for generator in self.all_generators:
