@@ -48,6 +48,8 @@ commands:
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
   summary RUN      compute and print the summary of a run from its event logs
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
+  plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
+  sim              the ledger in a simulated world with faults: histories, violations
   version          versions of everything that decides a result
 
 `orz COMMAND --help` says more. Exit codes: 0 done, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 wire,
@@ -196,6 +198,19 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def sim(argv: list[str]) -> int:
+    from orz_async.sim.command import sim as simulate
+
+    return simulate(argv)
+
+
+def plan(argv: list[str]) -> int:
+    from orz_async.cli_config import parse_config
+    from orz_async.sim.plan_command import plan as make_plan
+
+    return make_plan(argv, lambda words: parse_config(words, prog="orz plan"))
+
+
 def version(argv: list[str]) -> int:
     argparse.ArgumentParser("orz version", description="Versions for bug reports.").parse_args(argv)
     for name, number in versions().items():
@@ -209,6 +224,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "summary": summary,
     "export": export,
+    "plan": plan,
+    "sim": sim,
     "version": version,
 }
 

@@ -21,6 +21,8 @@ class Book:
         self.config = config
         self.prompt_id = prompt_id
         self.version = 0
+        self.limit = self._limit()
+        """Rollouts below this number may be granted at the present version."""
         self.next_rollout = 0
         """Rollouts below this number have been granted at least once."""
         self.rollouts: dict[int, Rollout] = {}
@@ -44,15 +46,19 @@ class Book:
         """The oldest version that may sample this rollout."""
         return max(0, number // self.config.rollouts_per_step - self.config.head_start)
 
-    @property
-    def limit(self) -> int:
-        """Rollouts below this number may be granted at the present version."""
+    def _limit(self) -> int:
         steps = min(self.version + self.config.head_start + 1, self.config.total_steps)
         return steps * self.config.rollouts_per_step
 
     @property
     def num_grantable(self) -> int:
         return len(self.lost) + max(0, self.limit - self.next_rollout)
+
+    def has_work(self, version: int) -> bool:
+        """Whether a generator that serves this version could be granted anything."""
+        if self.lost and self.rollouts[self.lost[0]].floor <= version:
+            return True
+        return self.next_rollout < self.limit and self.floor(self.next_rollout) <= version
 
     def accepted_attempt(self, number: int) -> int | None:
         """The attempt whose trajectory counts; None if there is none yet."""
@@ -142,6 +148,7 @@ class Book:
         self._open.pop(self.version - self.config.window, None)
         self.taken = ()
         self.version += 1
+        self.limit = self._limit()
 
     def restart(self, lost: Collection[int] = ()) -> list[tuple[Rollout, str]]:
         """The learner died: undo the batch in training and end what is held, unblamed; also the accepted rollouts
@@ -165,7 +172,8 @@ class Book:
         return ended
 
     def reindex(self) -> None:
-        """Build the indices anew from `rollouts`."""
+        """Build everything that follows from version and `rollouts` anew."""
+        self.limit = self._limit()
         states = [(number, rollout.state) for number, rollout in self.rollouts.items()]
         self.lost = [number for number, state in states if state is State.LOST]
         self._ready = [number for number, state in states if state is State.READY]

@@ -22,10 +22,15 @@ rollout is trained exactly once.
   result that arrives after its attempt has expired is refused (fenced) even if the rollout is still wanted: taking it
   would need a second life for an attempt already counted, and it would save work only when suspicion was wrong, which
   costs one rollout per lease_s at most. A repeated result of an accepted attempt is acknowledged again.
+  An attempt is named by kind, rollout and number, within one life of the learner: frames carry its epoch, and those of
+  an earlier one are dropped before they get here. Numbers alone would not do, because a power cut can take back a grant
+  that was sent but not yet durable, and the next life then grants the same number to somebody else.
   A batch is decided once (Taken) and written down; after a restart the steps that the lost process had taken are
   composed of the same rollouts, and the checkpoint's weights have seen none of them.
 No step waits for ever: a lease needs progress to live, an expired one is lent again (to another generator first), a
-  prompt that failed max_attempts times is quarantined and its rollout samples the next prompt of the order.
+  prompt that failed max_attempts times is quarantined and its rollout samples the next prompt of the order. What step
+  v waits for always has a floor <= v: s(n) <= v - W for the mandatory ones, and a batch decided before a restart was
+  composed of rollouts that were admitted by version v.
 
 Restart (`frontier.py`): a snapshot saved with a checkpoint, plus the entries since, gives a ledger in which nothing is
 held, accepted trajectories are READY and decided batches stay decided. While v catches up with the steps that were

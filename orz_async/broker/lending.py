@@ -44,14 +44,14 @@ class Lender:
     def choose(self, peer: Peer, now: float) -> list[Rollout]:
         """Take rollouts off the queues for this generator; the caller grants them."""
         room = peer.slots - len(peer.held)
-        if room <= 0 or peer.version < 0:
-            return []
+        # It may have fetched weights that are not announced yet, and it may claim anything.
+        served = min(peer.version, self.book.version)
+        if room <= 0 or served < 0 or not (self.evals.lost or self.book.has_work(served)):
+            return []  # for thousands of generators the usual case
         if now < self.fair_until:
             total = self.num_held + self.num_grantable
             room = min(room, -(-total * peer.slots // self.num_slots) - len(peer.held))
         chosen: list[Rollout] = []
-        # It may have fetched weights that are not announced yet, and it may claim anything.
-        served = min(peer.version, self.book.version)
         for lost, rollouts in ((self.evals.lost, self.evals.rollouts), (self.book.lost, self.book.rollouts)):
             avoided: list[Rollout] = []
             # Floors rise with numbers, so the first one out of reach ends the search.

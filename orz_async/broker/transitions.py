@@ -1,7 +1,7 @@
 """What goes into the ledger (events) and what comes out (actions).
 
 Some actions are *entries*: decisions that the server writes to the journal before it acts on them. A snapshot of the
-ledger plus the entries made since is the ledger again (`Ledger.replay`), which is how a run survives kill -9.
+ledger plus the entries made since is the ledger again (`frontier.py`), which is how a run survives kill -9.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from orz_async.weights.snapshot import state_digest
 from tests.e2e import replay
 from tests.e2e.conftest import Run
+from tests.e2e.journal_check import check_lengths
 
 STEPS = 4
 
@@ -37,6 +38,7 @@ def test_equals_a_loop_without_a_broker_and_repeats_itself(new_run: Callable[...
     assert losses == reported
     assert state_digest(dict(trainer.policy.named_parameters())) == weights(first.folder)
 
+    check_lengths(first, num_rollouts=STEPS * 32)
     assert [step["losses"] for step in second.steps()] == reported
     assert weights(second.folder) == weights(first.folder)
     for event in first.steps():

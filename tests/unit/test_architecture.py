@@ -91,6 +91,8 @@ def test_leaves_import_nothing_of_ours() -> None:
         "orz_async.launcher",
         "orz_async.observe.events",
         "orz_async.broker.server",
+        "orz_async.sim.command",
+        "orz_async.sim.plan_command",
         "orz_async.broker.client",
         "orz_async.data.source",
         "orz_async.reward.pool",

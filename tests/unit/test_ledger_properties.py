@@ -3,15 +3,16 @@
 The machine plays learner, generators, network and operator; it keeps every entry the ledger makes (the journal), takes
 snapshots (checkpoints) and restarts from them. When hypothesis is done with its mischief, one healthy generator must be
 enough to finish the run.
+
+`make test` takes at least 20,000 steps; `pytest --long` (or ORZ_LONG=1) over a million.
 """
 
 from __future__ import annotations
 
-import os
-
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from orz_async.broker import frontier
 from orz_async.broker.ledger import Ledger
@@ -45,7 +46,6 @@ from orz_async.broker.transitions import (
 )
 
 NAMES = ("a", "b", "c")
-LONG = os.environ.get("ORZ_TEST_LONG") == "1"
 
 
 def prompt_id(index: int) -> str:
@@ -58,6 +58,8 @@ class Peer:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.version = -1
+        self.claimed = -1
+        """What it last said its version is."""
         self.held: dict[LeaseRef, Terms] = {}
         self.tokens: dict[LeaseRef, int] = {}
         self.done: list[LeaseRef] = []
@@ -65,6 +67,9 @@ class Peer:
 
 
 class LedgerMachine(RuleBasedStateMachine):
+    steps = 0
+    """Rules applied by all machines of this process."""
+
     @initialize(
         prompts=st.integers(1, 3),
         samples=st.integers(1, 2),
@@ -135,8 +140,10 @@ class LedgerMachine(RuleBasedStateMachine):
                     assert terms.rollout < self.config.total_steps * self.config.rollouts_per_step
                     nominal = terms.rollout // self.config.rollouts_per_step
                     assert book.version >= nominal - self.config.head_start
-                    assert self.peers[action.generator].version >= terms.version_floor
+                    assert min(book.version, self.peers[action.generator].claimed) >= terms.version_floor
                     self.check_prompt(terms)
+                peer = self.ledger.peers[action.generator]
+                assert len(peer.held) <= peer.slots, "more leases than credit"
             case Resend():
                 self.deliver(action.generator, action.terms)
             case Accepted():
@@ -220,7 +227,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 continue
             peer.tokens[ref] += grows == "all" or (grows == "some" and index % 2 == 0)
             progress.append(Progress(ref, peer.tokens[ref], queued=index % 3 == 2))
-        for action in self.send(Heartbeat(name, peer.slots, peer.version, tuple(progress))):
+        # It may also boast of weights that do not exist; that brings it nothing.
+        peer.claimed = peer.version if data.draw(st.integers(0, 9)) else peer.version + 10**6
+        for action in self.send(Heartbeat(name, peer.slots, peer.claimed, tuple(progress))):
             if isinstance(action, Send) and not isinstance(action.message, Ack | Nack):
                 for ref in action.message.leases:
                     if peer.held.pop(ref, None):
@@ -314,10 +323,37 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(Publish(version))
         self.newest = max(self.newest, version)
 
+    @rule(data=st.data(), save=st.booleans(), die=st.booleans())
+    def a_straggler_arrives_while_the_step_trains(self, data: st.DataObject, save: bool, die: bool) -> None:
+        """Within a window the batch goes without it, and must do so again after a restart."""
+        if self.config.window == 0 or self.taken is not None:
+            return
+        for name, peer in self.peers.items():
+            self.heartbeat(name, data)
+            for ref in sorted(peer.held, key=lambda ref: ref.rollout)[1:]:
+                self.deliver_result(name, ref)
+        self.take()
+        if save:
+            self.checkpoint()
+        for name, peer in self.peers.items():
+            for ref in list(peer.held):
+                self.deliver_result(name, ref)
+        if die:
+            self.learner_dies(0, 0, data)
+
+    def deliver_result(self, name: str, ref: LeaseRef) -> None:
+        peer = self.peers[name]
+        if peer.held[ref].version_floor <= peer.version:
+            del peer.held[ref]
+            peer.done.append(ref)
+            self.finish(name, ref, peer.version, None)
+
     @rule()
     def checkpoint(self) -> None:
         book = self.ledger.book
-        self.snapshots.append((frontier.save(book), len(self.journal), book.version, len(self.batches)))
+        saved = frontier.save(book)
+        assert frontier.save(frontier.load(saved, self.config, prompt_id)) == saved
+        self.snapshots.append((saved, len(self.journal), book.version, len(self.batches)))
 
     @rule(back=st.integers(0, 1), rare=st.integers(0, 2), data=st.data())
     def learner_dies(self, back: int, rare: int, data: st.DataObject) -> None:
@@ -333,7 +369,9 @@ class LedgerMachine(RuleBasedStateMachine):
         lost = tuple(n for n in ready if data.draw(st.integers(0, 19)) == 0)
         self.epoch += 1
         self.journal.append(Restarted(self.epoch, lost))
-        for rollout, cause in book.restart(lost):
+        ended = book.restart(lost)
+        assert {rollout.number for rollout, cause in ended if cause == "journal_lost"} == set(lost)
+        for rollout, cause in ended:
             self.end(rollout.ref, "expired")
             assert cause in ("learner_restart", "journal_lost")
             if cause == "journal_lost":
@@ -352,6 +390,41 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(Publish(version))
 
     # What must hold at any time.
+
+    @invariant()
+    def steps_are_counted(self) -> None:
+        LedgerMachine.steps += hasattr(self, "ledger")
+
+    @invariant()
+    def something_can_always_happen(self) -> None:
+        """No deadlock: the run is over, or the learner trains, or what the step waits for is held by a generator that
+        is watched, or can be granted to whoever serves the present version."""
+        if not hasattr(self, "ledger"):
+            return
+        book, config = self.ledger.book, self.config
+        waiting = [r for r in book.rollouts.values() if r.state in (State.HELD, State.LOST)]
+        assert sorted(book.lost) == sorted(r.number for r in waiting if r.state is State.LOST)
+        evaluating = self.ledger.evals.rollouts.values()
+        watched = {(id(r), attempt) for _, _, attempt, r in self.ledger._alarms._leases}
+        assert all((id(r), r.attempt) in watched for r in (*waiting, *evaluating) if r.state is State.HELD)
+        silences = set(self.ledger._alarms._silences)
+        assert all((peer.alarm, name) in silences for name, peer in self.ledger.peers.items())
+        if self.taken is not None or book.version == config.total_steps:
+            return
+        size, ready = config.rollouts_per_step, {n for n, r in book.rollouts.items() if r.state is State.READY}
+        bound, due = book.bound.get(book.version, ()), (book.version - config.window + 1) * size
+        if bound:
+            missing = set(bound) - ready
+            assert missing <= {r.number for r in waiting if r.floor <= book.version}
+        else:
+            missing = {r.number for r in waiting if r.number < due} | set(range(book.next_rollout, due))
+            assert due <= book.limit and all(book.floor(number) <= book.version for number in missing)
+            # Of an earlier life there may be rollouts that wait for versions still to be published again.
+            possible = [r for r in waiting if r.state is State.HELD or r.floor <= book.version]
+            assert size <= len(ready) + len(possible) + max(0, book.limit - book.next_rollout)
+            missing = missing or ({-1} if len(ready) < size else set())
+        if self.ledger.wanted is not None:
+            assert missing, "the batch is complete and was not taken"
 
     @invariant()
     def attempts_are_conserved(self) -> None:
@@ -399,7 +472,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(Joined("a", 4))
         for _ in range(60 * self.config.total_steps + 100):
             self.now += 1.0
-            peer.version = self.ledger.book.version
+            peer.version = peer.claimed = self.ledger.book.version
             progress = []
             for ref in peer.held:
                 peer.tokens[ref] += 1
@@ -418,10 +491,17 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not self.ledger.book.rollouts
 
 
-LedgerMachine.TestCase.settings = settings(
-    max_examples=20_000 if LONG else 340,
-    stateful_step_count=120 if LONG else 60,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-test_ledger = LedgerMachine.TestCase
+@pytest.mark.timeout(4 * 3600)  # for --long; otherwise it takes seconds
+def test_every_interleaving(long: bool) -> None:
+    examples, steps = (20_000, 120) if long else (480, 60)
+    before = LedgerMachine.steps
+    run_state_machine_as_test(
+        LedgerMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert LedgerMachine.steps - before >= 20_000
