@@ -8,6 +8,7 @@ TRITON_OLD ?= triton==3.6.0
 BIN    := $(VENV)/bin
 SEED   ?= 0
 ARGS   ?=
+COUNT  ?= 1000000
 STAMP  := $(VENV)/.installed
 OLDER  := .cache/$(subst ==,-,$(TRITON_OLD))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
@@ -15,13 +16,14 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) C
 COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check compile-check sanitize sim wheel-check bench clean
+.PHONY: help dev demo test check compile-check fuzz sanitize sim wheel-check bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      install, build, make a tiny base model, train it asynchronously, print the result"
 	@echo "make test      install, build, run the tests"
 	@echo "make check     ruff, ruff format, mypy --strict, kernel compile check, tests: what a commit needs"
+	@echo "make fuzz      mutated frames through the broker's checks; COUNT=$(COUNT) SEED=$(SEED)"
 	@echo "make compile-check  every GPU kernel to Hopper machine code with two Tritons and nvcc; a spill fails"
 	@echo "make sanitize  C++ under address, undefined-behaviour and thread sanitizers"
 	@echo "make wheel-check    build a wheel (under 60 s), install it into an empty environment, use it"
@@ -55,6 +57,9 @@ check: dev $(OLDER)/.installed
 	$(BIN)/mypy
 	$(COMPILE_CHECK)
 	$(PYTEST) $(ARGS)
+
+fuzz: dev
+	$(BIN)/python -m tests.fuzz_wire $(COUNT) --seed $(SEED)
 
 compile-check: dev $(OLDER)/.installed
 	$(COMPILE_CHECK) $(ARGS)

@@ -47,6 +47,7 @@ commands:
   make-base        make the tiny base model and its task, on CPU in a minute or two
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
   summary RUN      compute and print the summary of a run from its event logs
+  keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
@@ -211,6 +212,12 @@ def plan(argv: list[str]) -> int:
     return make_plan(argv, lambda words: parse_config(words, prog="orz plan"))
 
 
+def keys(argv: list[str]) -> int:
+    from orz_async.cli_keys import run as run_keys
+
+    return run_keys(argv)
+
+
 def version(argv: list[str]) -> int:
     argparse.ArgumentParser("orz version", description="Versions for bug reports.").parse_args(argv)
     for name, number in versions().items():
@@ -226,6 +233,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "plan": plan,
     "sim": sim,
+    "keys": keys,
     "version": version,
 }
 

@@ -56,6 +56,8 @@ class SamplingConfig:
 class BrokerConfig:
     bind: str = "tcp://127.0.0.1:0"
     """Where generators connect; port 0 picks a free one. Only loopback is accepted without keys."""
+    keys: str = ""
+    """Folder of keys made by `orz keys`: connections are encrypted and only keys on its list get in. Empty: no keys."""
     prompts_per_step: int = 128
     samples_per_prompt: int = 64
     max_lag: int = 1
@@ -68,6 +70,9 @@ class BrokerConfig:
     """Period of a generator's progress reports."""
     max_attempts: int = 5
     """A prompt whose rollout failed this often is quarantined and replaced."""
+    overtime: float = 4.0
+    """While a step waits for a lease that is older than this many times what the other generators need (and than
+    lease_s), it is lent to another one, whatever progress it reports. 0: never."""
     wait_generators_s: float = 600.0
     """The learner gives up when no rollout arrives for this long."""
 
@@ -84,6 +89,10 @@ class BrokerConfig:
             f"broker.window must be between 0 and broker.max_lag = {self.max_lag}, got {self.window}",
         )
         _require(0 < self.heartbeat_s * 4 <= self.lease_s, "broker.lease_s must be at least four broker.heartbeat_s")
+        _require(
+            self.overtime == 0 or self.overtime >= 1,
+            f"broker.overtime must be 0 or at least 1, got {self.overtime}",
+        )
         _require(self.max_attempts > 0, f"broker.max_attempts must be positive, got {self.max_attempts}")
 
 
@@ -163,6 +172,8 @@ class WeightsConfig:
     transport: Literal["stream", "file", "nccl"] = "stream"
     """How weights reach generators: stream sends what changed over TCP, file writes whole versions to a shared folder,
     nccl broadcasts whole versions from GPU to GPU (gloo where neither side has one)."""
+    port: int = 0
+    """stream, nccl: where generators fetch weights, on the interface of broker.bind; 0 picks a free one."""
     relays: bool = False
     """stream: generators that `orz run` starts pass on what they have, so that the learner sends a version about once.
     Daemons started by hand do so with --relay."""
@@ -176,6 +187,7 @@ class WeightsConfig:
     """nccl: allow it beyond loopback, where neither NCCL nor gloo authenticates or encrypts anything."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.port < 65536, f"weights.port must be a port or 0, got {self.port}")
         _require(self.history >= 0, f"weights.history must be at least 0, got {self.history}")
         _require(self.deadline_s > 0, f"weights.deadline_s must be positive, got {self.deadline_s}")
         _require(

@@ -10,14 +10,15 @@ What is decided, pure (no I/O, no clock):
     ledger.py        handle(event, now) -> actions, and the argument why nothing is stale, lost or trained twice
     book.py          the part of the ledger that outlives a process; frontier.py saves and replays it
     prompt_queue.py  which prompt a rollout samples, and which are quarantined
-    lending.py       who is lent what next;  alarms.py  when a lease is overdue
+    lending.py       who is lent what next;  alarms.py, overtime.py  when a lease is overdue
     evaluations.py   rollouts that are scored and not trained on
 
 What travels:
 
-    messages.py      between generator and broker;  wire.py, crc.py  one message, one checked frame
+    messages.py      between generator and broker;  wire.py  one message, one checked frame
     validate.py      is this trajectory what its lease asked for?
-    client.py        BrokerClient: the generator's end
+    client.py        BrokerClient: the generator's end;  observer.py  who only looks
+    standing.py      what a generator has earned: the door, or less credit
 
 What runs:
 

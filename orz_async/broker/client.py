@@ -10,25 +10,39 @@ Hello and the broker never hears a stranger.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from enum import Enum, auto
 
+import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from orz_async.broker import wire
-from orz_async.broker.messages import Bye, Hello, Leave, ToBroker, ToGenerator, Welcome
+from orz_async.broker.messages import Bye, Hello, Leave, Published, ToBroker, ToGenerator, Welcome
 from orz_async.errors import PeerLostError, WireError
+from orz_async.keys.curve import CurveKeys, secure_client
 from orz_async.observe.events import EventLog
 
 _BACKOFF_S = (0.1, 2.0)
 """First and longest wait before another connection attempt."""
 _GREETING_S = 5.0
 """Patience for a connection and for the broker's answer to Hello."""
+_PATIENT_REFUSALS = 5
+"""A key may be put on the list a moment after its daemon was started."""
 _SILENT_HEARTBEATS = 3
 _LEAST_SILENCE_S = 3.0
 """A learner that writes a checkpoint to a slow disk is not dead; a closed connection is noticed at once anyway."""
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _LOST |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+def weights_at(address: str, broker: str) -> str:
+    """A learner that listens on every interface is found where its broker was found."""
+    scheme, _, rest = address.partition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme != "tcp" or host not in ("0.0.0.0", "*", "[::]"):
+        return address
+    return f"tcp://{broker.partition('://')[2].rpartition(':')[0]}:{port}"
 
 
 class Phase(Enum):
@@ -45,12 +59,25 @@ class BrokerClient:
     restarted and all earlier leases are void.
     """
 
-    def __init__(self, address: str, hello: Hello, *, reconnect_s: float, events: EventLog) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        *,
+        reconnect_s: float,
+        events: EventLog,
+        keys: Callable[[], CurveKeys] | None = None,
+    ) -> None:
+        """keys: asked at every connection, so that a rotated key is used at the next one."""
         self.address = address
         self.hello = hello
         self.reconnect_s = reconnect_s
         self.events = events
         self.phase = Phase.CLOSED
+        self._keys = keys
+        self._refusals = 0
+        """Handshakes in a row that ended because of the keys."""
+        self._trouble = ""
         self.epoch = 0
         self.run_id = ""
         """Empty until the first Welcome."""
@@ -78,7 +105,7 @@ class BrokerClient:
         if now - self.waiting_since > self.reconnect_s:
             raise PeerLostError(
                 f"expected a broker at {self.address}, heard nothing for {now - self.waiting_since:.0f} s "
-                f"(phase {self.phase.name.lower()}); is the learner running, and is its address still the same?"
+                f"(phase {self.phase.name.lower()}{self._trouble}); is the learner running, at the same address?"
             )
         if self.phase is Phase.ENDED:
             return []
@@ -134,6 +161,8 @@ class BrokerClient:
         }
         for option, value in options.items():
             socket.setsockopt(option, value)
+        if self._keys is not None:
+            secure_client(socket, self._keys())
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST)
         self._socket = socket
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -153,12 +182,28 @@ class BrokerClient:
             except zmq.Again:
                 return False
             if event & _LOST:
+                self._note_refusal(event)
                 return True
             if self.phase is Phase.CONNECTING:
                 self._sequence = 0
                 self._send(self.hello)
                 self.phase, self._deadline = Phase.GREETING, time.monotonic() + _GREETING_S
         return False
+
+    def _note_refusal(self, event: int) -> None:
+        """A broker that never lets us in is not a broker that is away."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refusals += 1
+            self._trouble = ", the learner does not allow this key"
+            if self._refusals >= _PATIENT_REFUSALS:
+                self.close()
+                raise WireError(
+                    f"expected to be let in at {self.address}, found that the learner does not allow this key; "
+                    "it was revoked or has ended: ask for a new one (`orz keys new` or `orz keys rotate`)"
+                )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            wants = "no keys" if self._keys is not None else "a key: give it with --key"
+            self._trouble = f", the handshake failed: perhaps the learner expects {wants}"
 
     def _receive(self) -> list[ToGenerator]:
         received: list[ToGenerator] = []
@@ -181,11 +226,21 @@ class BrokerClient:
                 continue
             self.waiting_since = time.monotonic()
             self._deadline = self.waiting_since + max(_SILENT_HEARTBEATS * self._heartbeat_s, _LEAST_SILENCE_S)
-            received.append(message)
+            received.append(self._as_seen_from_here(message))
             if isinstance(message, Bye):
                 self._drop_socket(linger_ms=0)
                 self.phase = Phase.ENDED
         return received
+
+    def _as_seen_from_here(self, message: ToGenerator) -> ToGenerator:
+        match message:
+            case Welcome():
+                sources = (weights_at(source, self.address) for source in message.weights_address.split(","))
+                return msgspec.structs.replace(message, weights_address=",".join(sources))
+            case Published():
+                sources = (weights_at(source, self.address) for source in message.sources)
+                return msgspec.structs.replace(message, sources=tuple(sources))
+        return message
 
     def _welcomed(self, header: wire.Header, welcome: Welcome) -> None:
         self._run, self.epoch, self.run_id = header.run, header.epoch, welcome.run_id
@@ -193,6 +248,7 @@ class BrokerClient:
         self._frame_limit = wire.frame_limit(welcome.max_model_tokens)
         self._backoff_s = _BACKOFF_S[0]
         self.phase = Phase.SERVING
+        self._refusals, self._trouble = 0, ""
         self.events.emit("welcomed", epoch=self.epoch, run_id=self.run_id, version=welcome.version)
 
     def _send(self, message: ToBroker) -> bool:

@@ -43,6 +43,7 @@ def ledger_config(config: Config, num_heldout: int) -> LedgerConfig:
         lease_s=config.broker.lease_s,
         heartbeat_s=config.broker.heartbeat_s,
         max_attempts=config.broker.max_attempts,
+        overtime=config.broker.overtime,
         eval_rollouts=evaluated,
         eval_samples=config.eval.samples,
     )

@@ -27,8 +27,9 @@ rollout is trained exactly once.
   that was sent but not yet durable, and the next life then grants the same number to somebody else.
   A batch is decided once (Taken) and written down; after a restart the steps that the lost process had taken are
   composed of the same rollouts, and the checkpoint's weights have seen none of them.
-No step waits for ever: a lease needs progress to live, an expired one is lent again (to another generator first), a
-  prompt that failed max_attempts times is quarantined and its rollout samples the next prompt of the order. What step
+No step waits for ever: a lease needs progress to live, an expired one is lent again (to another generator first), one
+  that holds up a step for much longer than the others needed is lent again too (`overtime.py`), and a prompt that
+  failed max_attempts times is quarantined and its rollout samples the next prompt of the order. What step
   v waits for always has a floor <= v: s(n) <= v - W for the mandatory ones, and a batch decided before a restart was
   composed of rollouts that were admitted by version v.
 
@@ -46,6 +47,7 @@ from orz_async.broker.book import Book
 from orz_async.broker.evaluations import Evaluations
 from orz_async.broker.lending import Lender
 from orz_async.broker.messages import Ack, Cancel, LeaseRef, Nack
+from orz_async.broker.overtime import Overtime, owner_of
 from orz_async.broker.rollouts import Peer, Rollout
 from orz_async.broker.transitions import (
     Accepted,
@@ -86,6 +88,7 @@ class Ledger:
         """The step whose batch the learner waits for."""
         self.now = 0.0
         self._lender = Lender(self.book, self.evals, self.peers)
+        self._overtime = Overtime(self.book, self.peers)
         self._alarms = Alarms(self.peers, config.lease_s)
         self._out: list[Action] = []
 
@@ -125,6 +128,12 @@ class Ledger:
         peer = self.peers.get(generator)
         rollout = peer.held.get((lease.kind, lease.rollout)) if peer else None
         return rollout.terms if rollout is not None and rollout.attempt == lease.attempt else None
+
+    def curb(self, generator: str, slots: int) -> None:
+        """Lend this generator no more than so many from now on, until its next heartbeat says otherwise."""
+        peer = self.peers.get(generator)
+        if peer is not None and slots < peer.slots:
+            self._lender.resize(peer, slots)
 
     # Generators.
 
@@ -196,6 +205,7 @@ class Ledger:
             self._out.append(Send(peer.name, Nack(ref, event.problem)))
         else:
             self._release(rollout)
+            self._overtime.accepted(peer, rollout, self.now)
             self._out.append(Accepted(peer.name, ref, event.version_first))
             self._out.append(Send(peer.name, Ack(ref)))
             if rollout.kind == "eval":
@@ -255,7 +265,7 @@ class Ledger:
         for rollout in chosen:
             (self.evals if rollout.kind == "eval" else self.book).grant(rollout)
             rollout.generator = peer.name
-            rollout.sent_at = self.now
+            rollout.sent_at = rollout.granted_at = self.now
             rollout.deadline = self.now + self.config.lease_s
             rollout.resends = rollout.tokens = 0
             rollout.queued = True
@@ -276,6 +286,7 @@ class Ledger:
     def _end(self, rollout: Rollout, cause: str, blamed: bool) -> None:
         ref = rollout.ref
         self._release(rollout)
+        blamed = blamed and self._may_blame(rollout)
         rollout.lost_at = self.now
         if rollout.kind == "eval":
             quarantined = self.evals.end(rollout, cause, blamed)
@@ -285,12 +296,23 @@ class Ledger:
         self._out.append(Ended(rollout.generator, ref, cause, blamed, quarantined))
         self._lender.stirred = True
 
+    def _may_blame(self, rollout: Rollout) -> bool:
+        """One party alone cannot have a prompt given up: while there are others its failures count once in a row."""
+        owner = owner_of(rollout.generator)
+        again = rollout.blamed_on == owner
+        rollout.blamed_on = owner
+        return not again or all(owner_of(name) == owner for name in self.peers)
+
     def _tick(self) -> None:
         for peer in self._alarms.silent(self.now):
             self._lose_peer(peer, "silent", f"no message for {self.now - peer.seen:.1f} s", blamed=True)
         for rollout in self._alarms.overdue(self.now):
             self._out.append(Send(rollout.generator, Cancel((rollout.ref,))))
             self._end(rollout, "deadline", blamed=True)
+        for rollout in self._overtime.late(self.wanted, self.now) if self.wanted is not None else ():
+            rollout.overtimes += 1
+            self._out.append(Send(rollout.generator, Cancel((rollout.ref,))))
+            self._end(rollout, "overtime", blamed=False)
         if self._lender.num_grantable:
             self._lender.stirred = True
 

@@ -74,6 +74,10 @@ class Failure(_Message, frozen=True, gc=False):
     """True: handed back without fault (drain, shutdown); it does not count towards quarantine."""
 
 
+class Observe(_Message, frozen=True, gc=False):
+    """Asks for a Report. It needs no Hello and changes nothing."""
+
+
 class Leave(_Message, frozen=True, gc=False):
     """Last message of a generator that goes on purpose; all its leases are returned."""
 
@@ -141,5 +145,34 @@ class Bye(_Message, frozen=True, gc=False):
     """True: the run is complete, exit 0. False: refused, exit with the reason."""
 
 
-ToBroker = Hello | Status | Result | Failure | Leave
-ToGenerator = Welcome | Grant | Ack | Nack | Cancel | Published | Bye
+class GeneratorState(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One line of a Report."""
+
+    name: str
+    engine: str
+    slots: int
+    version: int
+    outstanding: int
+    tokens_s: float
+    silent_s: float
+
+
+class Report(_Message, frozen=True, gc=False):
+    """How the run stands, for an observer."""
+
+    run_id: str
+    version: int
+    """Newest published one."""
+    waiting_for: str
+    """What the learner waits for, from whom, since when; it may be in the middle of a step."""
+    granted: int
+    trained: int
+    quarantined: int
+    in_flight: int
+    expired: dict[str, int]
+    """Attempts by cause."""
+    generators: tuple[GeneratorState, ...]
+
+
+ToBroker = Hello | Status | Result | Failure | Leave | Observe
+ToGenerator = Welcome | Grant | Ack | Nack | Cancel | Published | Bye | Report

@@ -47,6 +47,11 @@ class Rollout:
     """Holder of the current attempt; of the last one if LOST."""
     lost_at: float = 0.0
     sent_at: float = 0.0
+    granted_at: float = 0.0
+    overtimes: int = 0
+    """Attempts that ended because they held up a step."""
+    blamed_on: str = ""
+    """Whose attempt was last held against the prompt."""
     resends: int = 0
     deadline: float = 0.0
     """Of a running lease; a queued one also lives on its generator's progress."""
@@ -77,6 +82,8 @@ class Peer:
     alarm: float = 0.0
     """When to look whether it is silent."""
     version: int = -1
+    longest: float = 0.0
+    """Seconds from grant to result, the longest of late."""
     held: dict[tuple[Kind, int], Rollout] = field(default_factory=dict)
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from orz_async.broker.crc import crc32c
 from orz_async.broker.transitions import Ended, Granted, Restarted, Taken
+from orz_async.crc import crc32c
 from orz_async.errors import DiskError
 from orz_async.records import Trajectory
 
@@ -51,10 +51,11 @@ def encode_header(run: bytes, first: int) -> bytes:
     return head + _CRC.pack(crc32c(head))
 
 
-def encode_record(record: Record) -> bytes:
+def encode_record(record: Record, encoded: memoryview | None = None) -> tuple[bytes, bytes | memoryview]:
+    """Head and rest of a record. `encoded` is its MessagePack where the caller has it already."""
     kind = _TRAJECTORY if isinstance(record, Trajectory) else _ENTRY
-    body = kind + _ENCODER.encode(record)
-    return _RECORD.pack(len(body), crc32c(body)) + body
+    body = _ENCODER.encode(record) if encoded is None else encoded
+    return _RECORD.pack(len(body) + 1, crc32c(body, crc32c(kind))) + kind, body
 
 
 def run_of(path: Path) -> bytes | None:

@@ -24,7 +24,8 @@ from orz_async.broker.shelf import Shelf
 from orz_async.broker.switchboard import Switchboard, check_bind
 from orz_async.broker.wire import run_hash
 from orz_async.config import Config
-from orz_async.errors import DiskError, PeerLostError, PortError
+from orz_async.errors import ConfigError, DiskError, PeerLostError, PortError
+from orz_async.keys.ring import server_keys
 from orz_async.observe.events import EventLog
 from orz_async.records import Prompt, Trajectory
 
@@ -59,7 +60,11 @@ class Broker:
         events: EventLog,
         start: ResumePoint | None,
     ) -> None:
-        check_bind(config.broker.bind)
+        check_bind(config.broker.bind, keyed=bool(config.broker.keys))
+        if config.broker.keys and config.weights.relays:
+            raise ConfigError(
+                "weights.relays does not go with broker.keys: a relay cannot prove that it is the learner"
+            )
         self._config = config
         self._run_dir = run_dir
         self._run_id = run_id
@@ -91,10 +96,11 @@ class Broker:
         recovered = self._recover()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            switchboard = Switchboard(self._context, self._run_id, self._epoch, self._welcome.max_model_tokens)
+            keys, self._roster = server_keys(self._config.broker.keys)
+            switchboard = Switchboard(self._context, self._run_id, self._epoch, self._welcome.max_model_tokens, keys)
             last = self._run_dir / "address"
             self.address = switchboard.bind(self._config.broker.bind, last.read_text() if last.is_file() else "")
-        except PortError:
+        except (PortError, ConfigError):
             self._context.term()
             self._journal.close()
             raise
@@ -108,7 +114,13 @@ class Broker:
     def _assemble(self, switchboard: Switchboard, recovered: Recovered) -> Service:
         ledger = Ledger(self._ledger_config, self._leases.prompt_id, recovered.book)
         reception = Reception(
-            ledger, self._leases, switchboard, self._events, vocab_size=self._vocab_size, welcome=self._welcome
+            ledger,
+            self._leases,
+            switchboard,
+            self._events,
+            vocab_size=self._vocab_size,
+            welcome=self._welcome,
+            roster=self._roster,
         )
         outbox = Outbox(switchboard, self._leases, self._journal)
         return Service(ledger, switchboard, reception, outbox, Shelf(recovered.stored), self._events)

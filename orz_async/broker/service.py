@@ -20,9 +20,9 @@ import zmq
 
 from orz_async.broker import frontier
 from orz_async.broker.ledger import Ledger
-from orz_async.broker.messages import Bye, Nack
+from orz_async.broker.messages import Bye, GeneratorState, Nack, Report
 from orz_async.broker.outbox import Outbox
-from orz_async.broker.reception import Reception
+from orz_async.broker.reception import Received, Reception
 from orz_async.broker.recovery import Snapshot
 from orz_async.broker.shelf import Shelf
 from orz_async.broker.switchboard import Switchboard
@@ -51,6 +51,9 @@ _FRAMES_A_TURN = 256
 """So that a flood of frames delays a call of the learner by some milliseconds at most."""
 _NACKS_REPORTED = 100
 """Of one generator."""
+_LEFT_REMEMBERED = 1000
+_REPORT_S = 0.1
+_GENERATORS_REPORTED = 4096
 _GOODBYE_S = 2.0
 """Generators have so long to hang up at the end."""
 
@@ -87,13 +90,16 @@ class Service:
         self._delivery: Future[list[Trajectory]] | None = None
         self._evaluation: Future[list[Trajectory]] | None = None
         self._expected_version = -1
-        self._incoming: Trajectory | None = None
+        self._incoming: Received | None = None
         """The result that the ledger is judging."""
         self._num_granted: Counter[str] = Counter()
         """Leases granted since the last publication, by generator."""
         self._oldest_records: dict[int, int] = {}
         """By version of a snapshot: the oldest journal record that it needs."""
         self._num_nacks: Counter[str] = Counter()
+        self._left_at: dict[str, float] = {}
+        self._report: Report | None = None
+        self._reported = 0.0
         self._stopping = False
         self._heartbeat_s = ledger.config.heartbeat_s
 
@@ -101,6 +107,9 @@ class Service:
         poller = zmq.Poller()
         poller.register(self.switchboard.socket, zmq.POLLIN)
         poller.register(wakeup, zmq.POLLIN)
+        gate = self.switchboard.gate
+        if gate is not None:
+            poller.register(gate.socket, zmq.POLLIN)
         tick_s = self._heartbeat_s / 2
         next_tick = time.monotonic() + tick_s
         while not self._stopping:
@@ -108,6 +117,8 @@ class Service:
             if wakeup in ready:
                 wakeup.recv()
                 self._answer_calls()
+            if gate is not None and gate.socket in ready:
+                gate.answer()
             if self.switchboard.socket in ready:
                 self._receive()
             if (now := time.monotonic()) >= next_tick:
@@ -118,9 +129,9 @@ class Service:
             self.outbox.flush(now)
             self._deliver()
 
-    def apply(self, event: Event, trajectory: Trajectory | None = None) -> None:
+    def apply(self, event: Event, result: Received | None = None) -> None:
         """One event through the ledger, and what follows from it."""
-        self._incoming = trajectory
+        self._incoming = result
         now = time.monotonic()
         for action in self.ledger.handle(event, now):
             self._act(action, now)
@@ -134,13 +145,14 @@ class Service:
 
     def _receive(self) -> None:
         now = time.monotonic()
-        for identity, parts in self.switchboard.frames(_FRAMES_A_TURN):
-            heard = self.reception.receive(identity, parts, self, now)
-            if heard:
+        for arrived in self.switchboard.arrived(_FRAMES_A_TURN):
+            if self.reception.receive(arrived, self, now):
                 self.last_progress = now
+            self.journal.ease()
 
     def _tick(self, now: float) -> None:
         self.apply(Tick())
+        self.reception.sweep(self)
         quiet = [c.name for c in self.switchboard.by_name.values() if now - c.sent >= 0.9 * self._heartbeat_s]
         announcements = self.reception.routes.announcements() if quiet else {}
         for name in quiet:
@@ -166,9 +178,17 @@ class Service:
                 self.journal.append(action)
                 self._taken = action
             case PeerGone():
-                self.events.emit("left", generator=action.generator, reason=action.reason)
+                self._report_left(action, now)
             case Evaluated():
                 self._deliver_evaluation(action.version)
+
+    def _report_left(self, gone: PeerGone, now: float) -> None:
+        """Unless the same one left just now: comings and goings must not fill the disk."""
+        if now - self._left_at.get(gone.generator, -math.inf) >= self._heartbeat_s:
+            if len(self._left_at) >= _LEFT_REMEMBERED:
+                self._left_at.clear()
+            self._left_at[gone.generator] = now
+            self.events.emit("left", generator=gone.generator, reason=gone.reason)
 
     def _report_nack(self, generator: str, nack: Nack) -> None:
         self._num_nacks[generator] += 1
@@ -184,9 +204,9 @@ class Service:
         self.outbox.lend(granted.generator, granted.terms)
 
     def _store(self, accepted: Accepted) -> None:
-        trajectory = self._incoming
-        assert trajectory is not None
-        index = self.journal.append(trajectory) - 1
+        assert self._incoming is not None
+        trajectory, encoded = self._incoming
+        index = self.journal.append(trajectory, encoded) - 1
         if trajectory.kind == "eval":
             version = self.ledger.evals.version_of(trajectory.rollout)
             self.evaluations.setdefault(version, []).append(trajectory)
@@ -196,6 +216,7 @@ class Service:
     def _end(self, ended: Ended) -> None:
         if ended.lease.kind == "train":
             self.journal.append(ended)
+        self.reception.wasted(ended.generator, time.monotonic())
         self.events.emit("expired", lease=ended.lease, generator=ended.generator, cause=ended.cause)
         if ended.quarantined:
             self.events.emit("quarantined", lease=ended.lease, reason=ended.quarantined)
@@ -272,6 +293,25 @@ class Service:
             }
             for c in self.switchboard.by_identity.values()
         ]
+
+    def report(self) -> Report:
+        """For observers; the same one for a tenth of a second, however many ask."""
+        now = time.monotonic()
+        if self._report is None or now - self._reported >= _REPORT_S:
+            counts = self.ledger.book.counts
+            self._reported = now
+            self._report = Report(
+                run_id=self.reception.welcome.run_id,
+                version=self.announced,
+                waiting_for=self.waiting_for(),
+                granted=counts.granted,
+                trained=counts.trained,
+                quarantined=counts.quarantined,
+                in_flight=counts.in_flight,
+                expired=dict(counts.expired),
+                generators=tuple(GeneratorState(**line) for line in self.generators()[:_GENERATORS_REPORTED]),  # type: ignore[arg-type]
+            )
+        return self._report
 
     def report_funnel(self) -> None:
         self.events.emit("funnel", **self.ledger.book.counts.funnel())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
@@ -14,6 +15,7 @@ import zmq
 from orz_async.broker import wire
 from orz_async.broker.messages import Bye, Hello, ToGenerator
 from orz_async.errors import ConfigError, PortError
+from orz_async.keys.curve import CurveKeys, Gatekeeper, is_loopback, secure_server
 
 _RATE_S = 10.0
 """Time constant of a generator's tokens/s."""
@@ -32,11 +34,14 @@ class Connection:
     """Sequence number of the last frame."""
     version: int = -1
     slots: int = 0
-    rejections: int = 0
+    key: bytes = b""
+    """Public key that its frames must come with; empty without keys."""
     tokens: int = 0
     """Of accepted results."""
     _rate: float = 0.0
     _rated: float = field(default=0.0)
+    owner: str = ""
+    """Whose standing it shares: the name of its key, or without keys its own."""
 
     @property
     def name(self) -> str:
@@ -52,21 +57,39 @@ class Connection:
         return self._rate * math.exp((self._rated - now) / _RATE_S)
 
 
-def check_bind(address: str) -> None:
-    """Only loopback: without keys anyone who reaches the port could feed the learner."""
+class Arrived(NamedTuple):
+    """One message as it came, not looked into."""
+
+    identity: bytes
+    """Of the connection, chosen by ZeroMQ."""
+    frames: int
+    frame: memoryview
+    """The first one."""
+    key: bytes
+    """Public key of the sender, proven by the handshake; empty without keys."""
+
+
+def check_bind(address: str, keyed: bool) -> None:
+    """Only loopback without keys: anyone who reaches the port could feed the learner."""
     parts = urlsplit(address)
-    host = parts.hostname or ""
-    if parts.scheme != "tcp" or not host:
+    if parts.scheme != "tcp" or not parts.hostname:
         raise ConfigError(f"broker.bind must look like tcp://127.0.0.1:PORT, got {address!r}")
-    if host not in ("localhost", "::1") and not host.startswith("127."):
+    if not keyed and not is_loopback(address):
         raise ConfigError(
-            f"broker.bind = {address!r} would listen beyond this machine, and connections are not authenticated; "
-            "bind tcp://127.0.0.1:PORT and let remote generators come through an SSH tunnel"
+            f"broker.bind = {address!r} would let anyone in who reaches this machine; set broker.keys to a folder made "
+            "by `orz keys new NAME`, or bind tcp://127.0.0.1:PORT"
         )
 
 
 class Switchboard:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], run_id: str, epoch: int, max_model_tokens: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        run_id: str,
+        epoch: int,
+        max_model_tokens: int,
+        keys: CurveKeys | None = None,
+    ) -> None:
         self.run = wire.run_hash(run_id)
         self.epoch = epoch
         self.by_identity: dict[bytes, Connection] = {}
@@ -76,6 +99,9 @@ class Switchboard:
         self.unsent = 0
         """Frames a full or closed connection did not take. The protocol repeats what matters."""
         self._sequence = 0
+        self._keyed = keys is not None
+        # Before the socket listens: without a gatekeeper ZeroMQ lets every key in.
+        self.gate = Gatekeeper(context, keys.allowed) if keys is not None else None
         self.socket = context.socket(zmq.ROUTER)
         options = {
             zmq.ROUTER_MANDATORY: 1,
@@ -92,6 +118,8 @@ class Switchboard:
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
+        if keys is not None:
+            secure_server(self.socket, keys)
 
     def bind(self, address: str, last: str = "") -> str:
         """Listen there; with port 0 at the `last` address if it is free, where generators wait for a new learner."""
@@ -103,21 +131,32 @@ class Switchboard:
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
-            self.socket.close(0)
+            self.close(linger_ms=0)
             raise PortError(
                 f"expected to listen on broker.bind = {address}, found: {error.strerror}; "
                 "stop the process that holds the port or use port 0 for a free one"
             ) from error
         return self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def frames(self, most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """(identity, parts) of the frames that have arrived, at most so many."""
+    def arrived(self, most: int) -> Iterator[Arrived]:
+        """The messages that have arrived, at most so many. A frame is valid as long as somebody holds it."""
+        receive = self.socket.recv
         for _ in range(most):
             try:
-                identity, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                identity = receive(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            yield identity, parts
+            # A multipart message arrives whole, so its other frames are there. Not copied: a result is long.
+            frame = receive(copy=False)
+            count, rest = 1, frame
+            while rest.more:
+                count, rest = count + 1, receive(copy=False)
+            yield Arrived(identity, count, frame.buffer, self._key_of(frame))
+
+    def _key_of(self, frame: zmq.Frame) -> bytes:
+        if not self._keyed:
+            return b""
+        return str(frame.get("User-Id")).encode()
 
     def connect(self, connection: Connection) -> None:
         if old := self.by_name.pop(connection.name, None):
@@ -166,11 +205,13 @@ class Switchboard:
         deadline = time.monotonic() + patience_s
         while self.by_identity and time.monotonic() < deadline:
             self.socket.poll(10)
-            for _ in self.frames(1000):
+            for _ in self.arrived(1000):
                 pass
             for identity in list(self.by_identity):
                 # A probe that finds the connection closed forgets it.
                 self.send_to(identity, bye)
 
-    def close(self) -> None:
-        self.socket.close()
+    def close(self, linger_ms: int | None = None) -> None:
+        self.socket.close(linger_ms)
+        if self.gate is not None:
+            self.gate.close()

@@ -26,6 +26,7 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 30.0
     heartbeat_s: float = 0.5
     max_attempts: int = 5
+    overtime: float = 4.0
     eval_rollouts: int = 0
     """Rollouts of one evaluation: prompts times samples."""
     eval_samples: int = 1
@@ -150,7 +151,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
     generator: str
     lease: LeaseRef
     cause: str
-    """deadline, silent, lost, failed, rejected, returned, left; at a restart also learner_restart, journal_lost."""
+    """deadline, overtime, silent, lost, failed, rejected, returned, left; at restart learner_restart, journal_lost."""
     blamed: bool
     """Whether it counts against the prompt."""
     quarantined: str

@@ -16,7 +16,7 @@ from typing import cast
 import msgspec
 
 from orz_async.broker import messages as m
-from orz_async.broker.crc import crc32c
+from orz_async.crc import crc32c
 from orz_async.errors import WireError
 
 WIRE_VERSION = 1
@@ -36,6 +36,7 @@ _TYPES: dict[type[Message], int] = {
     m.Result: 3,
     m.Failure: 4,
     m.Leave: 5,
+    m.Observe: 6,
     m.Welcome: 64,
     m.Grant: 65,
     m.Ack: 66,
@@ -43,6 +44,7 @@ _TYPES: dict[type[Message], int] = {
     m.Cancel: 68,
     m.Published: 69,
     m.Bye: 70,
+    m.Report: 71,
 }
 _KIB, _MIB = 1 << 10, 1 << 20
 MAX_SLOTS = 8192
@@ -54,6 +56,7 @@ LIMITS: dict[type[Message], int] = {
     m.Result: 16 * _MIB,
     m.Failure: 8 * _KIB,
     m.Leave: 8 * _KIB,
+    m.Observe: 64,
     m.Welcome: 64 * _KIB,
     m.Grant: 16 * _MIB,
     m.Ack: _KIB,
@@ -61,8 +64,9 @@ LIMITS: dict[type[Message], int] = {
     m.Cancel: 512 * _KIB,
     m.Published: _KIB,
     m.Bye: 8 * _KIB,
+    m.Report: _MIB,
 }
-TO_BROKER: frozenset[type[Message]] = frozenset({m.Hello, m.Status, m.Result, m.Failure, m.Leave})
+TO_BROKER: frozenset[type[Message]] = frozenset({m.Hello, m.Status, m.Result, m.Failure, m.Leave, m.Observe})
 TO_GENERATOR: frozenset[type[Message]] = frozenset(_TYPES.keys() - TO_BROKER)
 MAX_TO_GENERATOR = HEADER_BYTES + max(LIMITS[kind] for kind in TO_GENERATOR)
 _BY_NUMBER = {number: kind for kind, number in _TYPES.items()}
@@ -112,6 +116,19 @@ def decode_to_generator(frame: bytes | memoryview) -> tuple[Header, m.ToGenerato
     """Raises WireError for anything but a well-formed message a broker may send."""
     header, message = _decode(frame, TO_GENERATOR)
     return header, cast(m.ToGenerator, message)
+
+
+_RESULT_PREFIX = b"\x92\xa6Result\x9e"
+"""An array of the name and an array of 14: how a Result begins, when its sender writes lengths the short way."""
+
+
+def trajectory_bytes(frame: memoryview) -> memoryview | None:
+    """The trajectory inside a Result that `decode_to_broker` has accepted, as the MessagePack its sender wrote.
+
+    None if it is not where the short form has it: then encode it anew.
+    """
+    start = HEADER_BYTES + len(_RESULT_PREFIX) - 1
+    return frame[start:] if frame[HEADER_BYTES : start + 1] == _RESULT_PREFIX else None
 
 
 def _decode(frame: bytes | memoryview, accepted: frozenset[type[Message]]) -> tuple[Header, Message]:

@@ -20,6 +20,8 @@ from orz_async.errors import ConfigError, ModelError, PeerLostError
 from orz_async.generator.daemon import Daemon
 from orz_async.generator.ports import GradeKey
 from orz_async.generator.serving import make_serving, preload
+from orz_async.keys.files import KeyFile, read_key
+from orz_async.keys.ring import LOCAL
 from orz_async.observe.events import EventLog
 from orz_async.observe.process import run_main
 from orz_async.reward.pool import GraderPool
@@ -31,6 +33,7 @@ reaches the learner, at any time; stop them at any time.
 
   python -m orz_async.generator --connect tcp://127.0.0.1:5555   a learner that says it listens there
   python -m orz_async.generator --run-dir runs/tiny_cpu          a learner on this machine, by the folder of its run
+  python -m orz_async.generator --connect tcp://HOST:5555 --key node1.key       a learner on another machine
 
 It fetches the weights from the learner, takes new ones between two tokens, keeps each result until the learner has
 stored it, and reconnects by itself when the learner is restarted.
@@ -55,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     where = options.add_argument_group("which learner")
     where.add_argument("--connect", metavar="ADDRESS", help="tcp://HOST:PORT of the learner; default: RUN_DIR/address")
     where.add_argument("--run-dir", metavar="DIR", help="folder of the run: this daemon's event log goes to DIR/events")
+    where.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="NAME.key of `orz keys new`, moved here from the learner; default with --run-dir: the key of this machine",
+    )
     where.add_argument("--name", help="unique among the learner's generators; default: a random one")
     where.add_argument(
         "--relay",
@@ -131,6 +140,22 @@ def address_of(options: argparse.Namespace) -> str:
     return path.read_text().strip()
 
 
+def key_of(options: argparse.Namespace) -> Path | None:
+    """--key, or with --run-dir the key that the learner keeps for its own machine if it asks for keys."""
+    if options.key is not None or not options.run_dir:
+        return options.key if options.key is None else Path(options.key)
+    config = Path(options.run_dir) / "config.toml"
+    folder = tomllib.loads(config.read_text()).get("broker", {}).get("keys", "") if config.is_file() else ""
+    return Path(folder) / f"{LOCAL}.key" if folder else None
+
+
+def name_with_key(name: str, key: KeyFile | None) -> str:
+    """Whoever holds a key has its name; another one becomes a suffix that tells daemons with one key apart."""
+    if key is None or name == key.name or name.startswith(f"{key.name}."):
+        return name
+    return f"{key.name}.{name}"
+
+
 def model_of(options: argparse.Namespace) -> str:
     """The model directory as far as it is known before the learner names it; empty if it is not."""
     config = Path(options.run_dir or "") / "config.toml"
@@ -155,15 +180,21 @@ def vocab_size_of(model_path: str) -> int:
 
 def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     settings = settings_of(options)
+    address = address_of(options)
+    key = key_of(options)
+    keys = None if key is None else lambda: read_key(key).keys
     model_path, slots = model_of(options), settings.slots + settings.queue
     relay = transport.relay_address(options.relay)
-    hello = Hello(name, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay)
+    if relay and key is not None:
+        raise ConfigError("expected --key or --relay, found both: a relay cannot prove that it is the learner")
+    called = name_with_key(name, None if key is None else read_key(key))
+    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay)
     events = EventLog.disabled()
     if options.run_dir:
         events = EventLog(Path(options.run_dir) / "events" / f"generator-{name}.jsonl", f"generator-{name}")
     grader: GraderPool[GradeKey] = GraderPool(settings.verifiers)
     return Daemon(
-        client=BrokerClient(address_of(options), hello, reconnect_s=settings.reconnect_s, events=events),
+        client=BrokerClient(address, hello, reconnect_s=settings.reconnect_s, events=events, keys=keys),
         make_serving=partial(
             make_serving,
             settings=settings,
@@ -172,8 +203,8 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
             device=options.device,
             prefill_tokens=options.prefill_tokens,
         ),
-        make_fetcher=lambda address, epoch: transport.connect(
-            address, epoch, events, give_up_s=settings.reconnect_s, device=options.device, relay=relay
+        make_fetcher=lambda where, epoch: transport.connect(
+            where, epoch, events, keys=keys, give_up_s=settings.reconnect_s, device=options.device, relay=relay
         ),
         grader=grader,
         slots=slots,

@@ -10,6 +10,7 @@ from rich.console import Console
 from orz_async.config import Config
 from orz_async.config_toml import config_hash, load
 from orz_async.errors import ConfigError, DiskError, ExitCode
+from orz_async.keys.ring import weights_keys
 from orz_async.launcher.commands import commands
 from orz_async.launcher.limits import Limits
 from orz_async.launcher.run_folder import Mode, RunFolder
@@ -39,6 +40,7 @@ def launch(config: Config, *, mode: Mode = Mode.CONTINUE, ranks: int = 1, limits
 
 def _supervise(config: Config, ranks: int, limits: Limits, console: Console) -> Outcome:
     run_dir = Path(config.run_dir)
+    weights_keys(config.broker.keys)  # the generators of this machine need theirs when they start
     view = View(run_dir, config, console)
     view.note(f"{run_dir}: {config.steps} steps; each process writes {run_dir}/logs and {run_dir}/events")
     try:

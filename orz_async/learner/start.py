@@ -16,6 +16,7 @@ from orz_async.config_toml import to_toml
 from orz_async.data.source import build
 from orz_async.data.tokenizer import load_tokenizer
 from orz_async.errors import OrzError
+from orz_async.keys.ring import weights_keys
 from orz_async.learner import checkpoint
 from orz_async.learner.audit import Auditor
 from orz_async.learner.compatibility import changes
@@ -116,7 +117,9 @@ def _outside(
     broker_events = EventLog(Path(config.run_dir) / "events" / "broker.jsonl", "broker")
     bind = bind_of(config.weights, broker_bind=config.broker.bind, run_dir=Path(config.run_dir))
     device = str(trainer.world.device)
-    publisher = serve(bind, identity.epoch, events, settings=config.weights, device=device)
+    publisher = serve(
+        bind, identity.epoch, events, keys=weights_keys(config.broker.keys), settings=config.weights, device=device
+    )
     finished, reason = False, "the learner failed"
     try:
         broker = Broker(

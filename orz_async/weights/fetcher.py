@@ -36,7 +36,7 @@ class StreamFetcher:
         epoch: int,
         events: EventSink,
         *,
-        keys: addresses.CurveKeys | None = None,
+        keys: addresses.CurveKeys | Callable[[], addresses.CurveKeys] | None = None,
         limits: Limits | None = None,
         stall_s: float = 5.0,
         give_up_s: float = 600.0,
@@ -44,6 +44,7 @@ class StreamFetcher:
     ) -> None:
         """address: of the publisher; or several, best first, relays and at last the publisher they lead back to.
 
+        keys: a function is asked at every connection, so that a rotated key is used at the next one.
         on_state: called from the thread with each complete version.
         """
         self._on_state = on_state
@@ -202,7 +203,7 @@ class StreamFetcher:
         socket.heartbeat_ivl = 2000
         socket.heartbeat_timeout = 10000
         if self._keys is not None:
-            addresses.secure_client(socket, self._keys)
+            addresses.secure_client(socket, self._keys() if callable(self._keys) else self._keys)
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._connections = 0
         socket.connect(self._download.peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,7 @@ class StreamPublisher:
         self._version = -1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate: addresses.Gatekeeper | None = None
+        self._allowed: Container[bytes] | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         try:
             self._configure(keys)
@@ -99,6 +100,7 @@ class StreamPublisher:
         self._socket.heartbeat_timeout = 10000
         if keys is not None:
             addresses.secure_server(self._socket, keys)
+            self._allowed = keys.allowed
             self._gate = addresses.Gatekeeper(self._context, keys.allowed)
 
     def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> PublishReport:
@@ -159,7 +161,13 @@ class StreamPublisher:
         self._shelf.put(state, now)
 
     def _receive(self, now: float) -> None:
-        peer, *frames = self._socket.recv_multipart()
+        peer, *frames = self._socket.recv_multipart(copy=False)
+        if self._allowed is not None and str(frames[-1].get("User-Id")).encode() not in self._allowed:
+            self.traffic.rejected += 1  # its key was taken off the list after it had come in
+            return
+        self._hear(peer.bytes, [frame.bytes for frame in frames], now)
+
+    def _hear(self, peer: bytes, frames: list[bytes], now: float) -> None:
         try:
             if len(frames) != 1:
                 raise WireError(f"expected one frame a message, got {len(frames)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orz_async.weights.address import CurveKeys
 from orz_async.weights.fetcher import StreamFetcher
@@ -26,7 +26,7 @@ class Relay:
         epoch: int,
         events: EventSink,
         *,
-        keys: CurveKeys | None = None,
+        keys: CurveKeys | Callable[[], CurveKeys] | None = None,
         serve_keys: CurveKeys | None = None,
         limits: Limits | None = None,
         stall_s: float = 5.0,

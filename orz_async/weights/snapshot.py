@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orz_async.weights.crc import crc32c
+from orz_async.crc import crc32c
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,6 +6,7 @@ The learner chooses by configuration; a generator learns the address from the br
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,9 +35,9 @@ def bind_of(settings: WeightsConfig, *, broker_bind: str, run_dir: Path) -> str:
                     f"weights.transport = nccl would listen on {host}, where it neither authenticates nor encrypts: "
                     "set weights.trusted_network if only trusted machines reach it, or use stream"
                 )
-            return f"{group.SCHEME}{host}:0"
+            return f"{group.SCHEME}{host}:{settings.port}"
         case "stream":
-            return f"tcp://{host}:0"
+            return f"tcp://{host}:{settings.port}"
 
 
 def serve(
@@ -63,7 +64,7 @@ def connect(
     epoch: int,
     events: EventSink,
     *,
-    keys: CurveKeys | None = None,
+    keys: CurveKeys | Callable[[], CurveKeys] | None = None,
     limits: Limits | None = None,
     give_up_s: float = 600.0,
     device: str = "cpu",

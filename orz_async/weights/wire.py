@@ -18,8 +18,8 @@ from typing import Literal
 
 import msgspec
 
+from orz_async.crc import crc32c
 from orz_async.errors import WireError
-from orz_async.weights.crc import crc32c
 from orz_async.weights.snapshot import TensorSpec
 
 WIRE_VERSION = 1

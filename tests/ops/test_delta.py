@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orz_async import ops
+from orz_async.crc import crc32c_numpy as crc32c
 from orz_async.ops import backend
 from orz_async.ops.reference import delta as layout
-from orz_async.ops.reference.checksum import crc32c
 
 pytestmark = pytest.mark.usefixtures("ops_backend")
 

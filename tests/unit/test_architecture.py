@@ -17,6 +17,7 @@ LAYERS = {
     "cli": 10,
     "launcher": 9,
     "cli_config": 8,
+    "cli_keys": 8,
     "recipes": 7,
     "learner": 6,
     "generator": 6,
@@ -28,9 +29,11 @@ LAYERS = {
     "ops": 3,
     "observe": 3,
     "config_toml": 2,
+    "keys": 2,
     "config": 1,
     "records": 1,
     "errors": 0,
+    "crc": 0,
 }
 # The process face of a package reads the command line: `python -m orz_async.learner`.
 ENTRY_POINTS = {("learner/__main__", "cli_config")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
@@ -232,3 +233,28 @@ def test_entries_are_small() -> None:
     """A grant costs a fraction of a percent of the trajectory it leads to."""
     terms = tuple(Terms("train", 10**6 + i, 0, 10**5, i, 10**4) for i in range(1000))
     assert len(msgspec.msgpack.encode(Granted("generator", terms))) < 30 * 1000
+
+
+def test_the_senders_own_bytes_make_the_same_record(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    for number in range(3):
+        journal.append(trajectory(number, 9_000), memoryview(msgspec.msgpack.encode(trajectory(number, 9_000))))
+        journal.ease()  # 72 KB: written now
+    for number in range(3, 1200):
+        journal.append(trajectory(number))
+        journal.ease()
+    journal.close()
+    assert [t.rollout for t in read(tmp_path)] == list(range(1200))
+    assert next(iter(read(tmp_path))) == trajectory(0, 9_000)
+
+
+def test_what_the_system_does_not_take_in_one_call_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writev = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, parts: writev(file, [b"".join(parts)[:13]]))
+    journal = opened(tmp_path)
+    for number in range(5):
+        journal.append(trajectory(number))
+    journal.close()
+    assert [t.rollout for t in read(tmp_path)] == list(range(5))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights_support import assert_same_bits, model
 
-from orz_async.weights.crc import crc32c, crc32c_numpy
+from orz_async.crc import crc32c, crc32c_numpy
 from orz_async.weights.snapshot import capture, digest_of, spec_of, state_digest, tensor_checksum
 
 

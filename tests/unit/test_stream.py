@@ -425,6 +425,28 @@ def test_with_keys_only_those_on_the_list_get_in(house: House) -> None:
     assert refused.received_bytes == plain.received_bytes == 0
 
 
+def test_a_key_taken_off_the_list_gets_no_more_and_a_rotated_one_goes_on(house: House) -> None:
+    (public, secret), old, new = (zmq.curve_keypair() for _ in range(3))
+    allowed = {old[0]}
+    publisher = house.publisher("tcp://127.0.0.1:0", keys=CurveKeys(public=public, secret=secret, allowed=allowed))
+    pair = [old]
+    fetcher = house.fetcher(
+        publisher.address, stall_s=0.3, keys=lambda: CurveKeys(public=pair[0][0], secret=pair[0][1], server=public)
+    )
+    publish(publisher, 0, model())
+    arrive(fetcher, 0)
+    allowed.clear()
+    publish(publisher, 1, model())
+    fetcher.want(1)
+    end = time.monotonic() + 30
+    while publisher.traffic.rejected == 0:  # its connection is open still, and asks
+        assert time.monotonic() < end and fetcher.poll() is None
+        time.sleep(0.01)
+    allowed.add(new[0])
+    pair[0] = new
+    assert_same_bits(arrive(fetcher, 1).tensors, model())
+
+
 def test_versions_only_grow_and_nothing_is_published_after_the_end(house: House) -> None:
     publisher = house.publisher()
     publish(publisher, 5, model())

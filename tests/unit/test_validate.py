@@ -7,7 +7,8 @@ import math
 import msgspec
 import pytest
 
-from orz_async.broker.validate import problem_of
+from orz_async.broker.messages import LeaseRef, Progress, Status
+from orz_async.broker.validate import problem_of, problem_of_status
 from orz_async.records import Lease, Sampling, Span, Trajectory, float32_bytes, int32_bytes
 
 LEASE = Lease("train", 7, 1, "p", int32_bytes([1, 2]), "42", 3, 99, 4, Sampling(1.0, 4))
@@ -89,3 +90,25 @@ def test_good(changes: dict[str, object]) -> None:
 def test_refused(changes: dict[str, object], words: str) -> None:
     found = problem(**changes)
     assert found is not None and words in found
+
+
+REF = LeaseRef("train", 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status(0, -1, ()), None),
+        (Status(8192, 6, (Progress(REF, 4, False), Progress(REF, 0, True))), None),
+        (Status(-1, 6, ()), "-1 slots"),
+        (Status(8193, 6, ()), "8193 slots"),
+        (Status(8, -2, ()), "serves version -2"),
+        (Status(8, 7, ()), "newest one published is 6"),
+        (Status(8, 6, (Progress(REF, 5, False),)), "5 tokens of one lease, it allows 4"),
+        (Status(8, 6, (Progress(REF, -1, False),)), "-1 tokens"),
+        (Status(8, 6, (Progress(REF, 0, True),) * 8193), "progress of 8193 leases"),
+    ],
+)
+def test_a_status_claims_what_is_possible(status: Status, words: str | None) -> None:
+    found = problem_of_status(status, published=6, longest=4)
+    assert found is None if words is None else found is not None and words in found

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orz_async.crc import crc32c
 from orz_async.errors import WireError
-from orz_async.weights.crc import crc32c
 from orz_async.weights.manifest import Limits, check
 from orz_async.weights.snapshot import TensorSpec, digest_of
 from orz_async.weights.wire import (

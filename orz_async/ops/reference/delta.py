@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orz_async.ops.reference.checksum import crc32c
+from orz_async.crc import crc32c_numpy as crc32c
 
 MAGIC = b"ORZD"
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""CRC-32C (Castagnoli), the checksum of frames and tensors.
+"""CRC-32C (Castagnoli), the checksum of frames, journal records, deltas and tensors.
 
 The C++ core computes it with the processor's own instruction. Without the core, numpy advances 2,048 lanes of the
 buffer at once and folds their remainders: the register is linear, so R(A || B) = shift(R(A), len(B)) ^ R(B).
