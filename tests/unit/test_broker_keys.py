@@ -326,5 +326,5 @@ def test_without_keys_anyone_on_this_machine_may_look(tmp_path: Path) -> None:
 
 def test_relays_do_not_go_with_keys(tmp_path: Path) -> None:
     config = dataclasses.replace(small_config(keys=str(tmp_path / "keys")), weights=WeightsConfig(relays=True))
-    with pytest.raises(ConfigError, match="a relay cannot prove to be the learner"):
+    with pytest.raises(ConfigError, match="a relay cannot prove that it is the learner"):
         make_broker(tmp_path, config)
