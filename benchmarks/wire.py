@@ -6,6 +6,8 @@ on two cores the broker is what is measured. Each variant trains `steps` batches
 trajectories/s, MB/s   from the first batch to the last
 broker_us              CPU time of the broker's thread for one trajectory, journal writes included
 io_us                  the same of ZeroMQ's thread (TCP, framing, decryption)
+load_us                the same of the generators' process, encryption included
+load_average           of the machine: with more than its cores, the rates are shared with others, the CPU times less so
 8192_rollouts_s        what the broker's thread takes from a learner step of Open-Reasoner-Zero's size
 """
 
@@ -77,15 +79,18 @@ def _config(run_dir: Path, keys: str, fsync: str) -> Config:
     )
 
 
-def _cpu_seconds() -> dict[str, float]:
-    """By thread: the broker's by its id, ZeroMQ's by their names."""
-    hertz = os.sysconf("SC_CLK_TCK")
-    found: dict[str, float] = {}
+def _cpu_seconds(load: int) -> dict[str, float]:
+    """By thread: the broker's by its id, ZeroMQ's by their names; and of the process with the generators."""
+    found = {"load": _seconds(Path(f"/proc/{load}"))}
     for task in Path("/proc/self/task").iterdir():
-        name, fields = (task / "comm").read_text().strip(), (task / "stat").read_text().rpartition(")")[2].split()
-        kind = "io" if name.startswith("ZMQbg/IO") else f"thread-{task.name}"
-        found[kind] = found.get(kind, 0.0) + (int(fields[11]) + int(fields[12])) / hertz
+        kind = "io" if (task / "comm").read_text().startswith("ZMQbg/IO") else f"thread-{task.name}"
+        found[kind] = found.get(kind, 0.0) + _seconds(task)
     return found
+
+
+def _seconds(task: Path) -> float:
+    fields = (task / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -131,7 +136,7 @@ def measure(generators: int, *, curve: bool, journal: str, steps: int = STEPS) -
                 broker.published(0)
                 broker.take(0)
                 broker.published(1)
-                before, started = _cpu_seconds(), time.perf_counter()
+                before, started = _cpu_seconds(load.pid), time.perf_counter()
                 num_bytes = 0
                 for step in range(1, steps + 1):
                     batch = broker.take(step)
@@ -139,17 +144,19 @@ def measure(generators: int, *, curve: bool, journal: str, steps: int = STEPS) -
                     broker.published(step + 1)
                     broker.snapshot()
                     broker.checkpointed(step + 1)
-                seconds, after = time.perf_counter() - started, _cpu_seconds()
+                seconds, after = time.perf_counter() - started, _cpu_seconds(load.pid)
             finally:
                 broker.close(finished=True, reason="measured")
                 load.wait(timeout=30)
     count = BATCH * steps
-    broker_us, io_us = (1e6 * (after[name] - before[name]) / count for name in (thread, "io"))
+    broker_us, io_us, load_us = (1e6 * (after[name] - before[name]) / count for name in (thread, "io", "load"))
     return {
         "trajectories_s": count / seconds,
         "MB_s": num_bytes / seconds / 1e6,
         "broker_us": broker_us,
         "io_us": io_us,
+        "load_us": load_us,
+        "load_average": os.getloadavg()[0],
         "8192_rollouts_s": broker_us * ORZ_ROLLOUTS / 1e6,
     }
 
@@ -174,7 +181,7 @@ def run(repeats: int = 3) -> list[Row]:
             for name, value in measure(n, curve=curve, journal=journal).items():
                 found.setdefault((name, variant), []).append(value)
             print(f"{variant:<44} {found['trajectories_s', variant][-1]:8.0f}/s", flush=True)
-    units = {"trajectories_s": "1/s", "MB_s": "MB/s", "8192_rollouts_s": "s"}
+    units = {"trajectories_s": "1/s", "MB_s": "MB/s", "8192_rollouts_s": "s", "load_average": "runs"}
     return [row(f"wire_{name}", variant, units.get(name, "us"), values) for (name, variant), values in found.items()]
 
 
