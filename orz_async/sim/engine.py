@@ -54,8 +54,6 @@ class Engine:
         self.clock = clock
         self.version = -1
         self.held: dict[LeaseRef, Sequence] = {}
-        self.busy_s = 0.0
-        """With sequences running, pauses included."""
         self.tokens = 0.0
         self.slowness = 1.0
         self._done = done
@@ -71,7 +69,6 @@ class Engine:
         self._swaps: list[tuple[float, int]] = []
         self._serial = 0
         self._timer = 0
-        self._busy_since = 0.0
 
     @property
     def rows(self) -> int:
@@ -91,7 +88,7 @@ class Engine:
             return
         if sequence.start >= 0:
             self._advance()
-            self._leave()
+            self._rows -= 1
             self._admit()
             self._schedule()
 
@@ -123,8 +120,6 @@ class Engine:
     def stop(self) -> None:
         """The process is gone: nothing of it happens any more."""
         self._timer += 1
-        if self._rows:
-            self.busy_s += self.clock.now - self._busy_since
         self._rows = 0
         self.held = {}
 
@@ -158,19 +153,12 @@ class Engine:
                 sequence = queue.popleft()
                 if self.held.get(sequence.ref) is not sequence:
                     continue  # cancelled while it waited
-                if not self._rows:
-                    self._busy_since = self.clock.now
                 sequence.start, sequence.began = self._level, self.clock.now
                 self._rows += 1
                 self._serial += 1
                 heappush(self._ends, (self._level + sequence.length, self._serial, sequence))
                 admitted += 1
         self._pause(admitted * self._prefill_s)
-
-    def _leave(self) -> None:
-        self._rows -= 1
-        if not self._rows:
-            self.busy_s += self.clock.now - self._busy_since
 
     def _schedule(self) -> None:
         self._timer += 1
@@ -188,7 +176,7 @@ class Engine:
         level, _, sequence = heappop(self._ends)
         self._level = max(self._level, level)  # rounding
         del self.held[sequence.ref]
-        self._leave()
+        self._rows -= 1
         self._admit()
         self._schedule()
         self._done(sequence, self._spans(sequence))
