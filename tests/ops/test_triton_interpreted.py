@@ -28,17 +28,30 @@ pytestmark = [
 ]
 
 
-# A machine with torch, numpy and Triton, and a checkout that nobody installed anything else for.
+# A machine with torch, numpy and Triton, and a checkout that nobody installed anything else for. Hidden, not refused:
+# torch asks whether some of them are there.
 BARE = """
-import sys
+import os, sys
 ABSENT = {"transformers", "safetensors", "zmq", "msgspec", "tyro", "rich", "math_verify", "prometheus_client",
           "matplotlib", "psutil", "pytest", "hypothesis", "pybind11", "liger_kernel", "cut_cross_entropy"}
-class Refuse:
+class Hide:
+    def __init__(self, finders):
+        self.finders = finders
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r} on this bare machine", name=name)
-        return None
-sys.meta_path.insert(0, Refuse())
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
+    def find_distributions(self, *context):
+        for finder in self.finders:
+            if hasattr(finder, "find_distributions"):
+                yield from finder.find_distributions(*context)
+sys.meta_path[:] = [Hide(list(sys.meta_path))]
+try:
+    import msgspec
+    os._exit(9)
+except ModuleNotFoundError:
+    pass
 """
 
 
@@ -99,7 +112,7 @@ def test_dry_run_of_the_gpu_benchmark(runs: dict[str, Run]) -> None:
     assert len(checked) > 30
     assert all(row["notes"]["passed"] for row in checked)
     assert document["ceilings"]["matmul_tflops"] > 0
-    assert "No module named 'liger_kernel' on this bare machine" in text
+    assert "liger_kernel.transformers.functional is not compared with: ModuleNotFoundError" in text
 
 
 def test_a_benchmark_group_that_fails_is_reported_and_the_file_written(tmp_path: Path) -> None:
