@@ -176,19 +176,21 @@ class BrokerClient:
 
     def _watch(self) -> bool:
         """React to what happened to the connection; True if it is lost."""
+        lost = False
         while self._monitor is not None:
             try:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
             except zmq.Again:
-                return False
+                return lost
             if event & _LOST:
+                # Why it was lost may be said after the fact itself.
                 self._note_refusal(event)
-                return True
-            if self.phase is Phase.CONNECTING:
+                lost = True
+            elif self.phase is Phase.CONNECTING:
                 self._sequence = 0
                 self._send(self.hello)
                 self.phase, self._deadline = Phase.GREETING, time.monotonic() + _GREETING_S
-        return False
+        return lost
 
     def _note_refusal(self, event: int) -> None:
         """A broker that never lets us in is not a broker that is away."""
