@@ -130,7 +130,8 @@ def run_large(options: argparse.Namespace) -> int:
     rollouts = options.steps * options.rollouts
     print(f"{options.generators:,} generators, {options.steps:,} steps of {options.rollouts:,} rollouts (simulated)")
     print(
-        f"time       {outcome.seconds:,.0f} virtual seconds in {spent:.1f} s: {spent / rollouts * 1e6:.0f} us a rollout"
+        f"time       {outcome.seconds:,.0f} virtual seconds in {spent:.1f} s of one core: "
+        f"{spent / rollouts * 1e6:.0f} us a rollout"
     )
     print(f"ledger     {outcome.events:,} events")
     print(f"lag        tokens by lag: {_counts(outcome.lag_tokens)}")
