@@ -493,15 +493,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
 @pytest.mark.timeout(4 * 3600)  # for --long; otherwise it takes seconds
 def test_every_interleaving(long: bool) -> None:
-    examples, steps = (20_000, 120) if long else (480, 60)
+    examples, steps = (20_000, 120) if long else (220, 60)
     before = LedgerMachine.steps
-    run_state_machine_as_test(
-        LedgerMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    assert LedgerMachine.steps - before >= 20_000
+    # How many steps an example takes is hypothesis' choice: about three quarters of what it may.
+    while LedgerMachine.steps - before < 20_000:
+        run_state_machine_as_test(
+            LedgerMachine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

@@ -128,7 +128,7 @@ class FakeRun:
         self.write("learner-0", self.learner())
         for name in ("generator-g0", "generator-g1"):
             self.write(name, self.generator())
-        body = b"".join(encode_record(self.trajectory(n)) for n in range(self.STEPS * 16))
+        body = b"".join(part for n in range(self.STEPS * 16) for part in encode_record(self.trajectory(n)))
         (folder / "journal" / name_of(0)).write_bytes(encode_header(b"r" * 16, 0) + body)
 
     def write(self, name: str, events: list[dict[str, object]]) -> None:
