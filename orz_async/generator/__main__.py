@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 import tomllib
@@ -188,7 +189,7 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     if relay and key is not None:
         raise ConfigError("expected --key or --relay, found both: a relay cannot prove that it is the learner")
     called = name_with_key(name, None if key is None else read_key(key))
-    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay)
+    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay, socket.gethostname())
     events = EventLog.disabled()
     if options.run_dir:
         events = EventLog(Path(options.run_dir) / "events" / f"generator-{name}.jsonl", f"generator-{name}")

@@ -451,6 +451,13 @@ def test_relays_are_made_known_and_forgotten_with_the_generator(brokers: Callabl
                 broker.published(1, "0badcafe")
                 announced = Published(1, "0badcafe", (one, learner))
                 wait_until(lambda: announced in second.seen and announced in plain.seen)
+            with FakeGenerator(broker.address, "elsewhere", relay=one, host="there") as elsewhere:
+                # Loopback of another machine leads nowhere: that machine has a tree of its own.
+                wait_until(lambda: sources_of(elsewhere) == (learner,))
+                broker.take(1)
+                broker.published(2, "c0ffee")
+                wait_until(lambda: Published(2, "c0ffee", (one, learner)) in plain.seen)
+                assert sources_of(elsewhere) == (learner,)
             first.client.send(Leave("enough"))
             wait_until(lambda: sources_of(plain) == (learner,))
 
