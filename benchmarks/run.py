@@ -4,7 +4,7 @@ cpu   the numeric ops, weights, engines and the learner's step on this machine's
 gpu   the kernels on a CUDA device, against float64 and their peers
 wire  trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async the same run at S = 0 and S = 1, side by side (minutes)
-weights  the weight stream alone: bytes, coding, resume, relays (minutes, 5 GiB)
+weights  the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
 
 `--compare A B` prints the rows two result files share, and their ratio.
 """
