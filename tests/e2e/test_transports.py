@@ -31,11 +31,14 @@ def test_a_run_over_it_loses_a_generator_and_goes_on(new_run: Callable[..., Run]
     relay = ("--relay", "tcp://127.0.0.1:0") if transport == "relays" else ()
     first = run.generator("first", *relay)
     wait_for(lambda: fetched(run, "first"), "weights of the first generator")
-    second = run.generator("second", *relay)
-    joined = wait_for(lambda: fetched(run, "second"), "weights of the second generator")
+    run.generator("second", *relay)
+    wait_for(lambda: fetched(run, "second"), "weights of the second generator")
     if transport == "relays":
-        [hello] = [event for event in run.events("broker", "joined") if event["generator"] == "first"]
-        assert joined[0]["source"] == hello["relay"] != ""
+        address = next(event["relay"] for event in run.events("broker", "joined") if event["generator"] == "first")
+        assert address
+        # On a busy machine the first one may have been given up for a while: then the learner serves the second.
+        through = wait_for(lambda: [e for e in fetched(run, "second") if e["source"] == address], "weights by relay")
+        assert through[0]["checksum_ok"]
     os.killpg(first.pid, signal.SIGKILL)
     before = len(fetched(run, "second"))
     wait_for(lambda: len(fetched(run, "second")) > before + 2, "versions after the death of the first generator")
