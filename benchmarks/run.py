@@ -4,6 +4,7 @@ cpu   the numeric ops, weights, engines and the learner's step on this machine's
 gpu   the kernels on a CUDA device, against float64 and their peers
 wire  trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async the same run at S = 0 and S = 1, side by side (minutes)
+weights  the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
 
 `--compare A B` prints the rows two result files share, and their ratio.
 """
@@ -45,7 +46,7 @@ def compare(first: Path, second: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async"])
+    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async", "weights"])
     parser.add_argument("--only", nargs="*", default=[], help=f"parts of the cpu suite: {', '.join(CPU_PARTS)}")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
@@ -60,10 +61,12 @@ def main() -> None:
         rows = importlib.import_module({"async": "benchmarks.overlap", "wire": "benchmarks.wire"}[options.suite]).run()
         print(table(rows))
         print(save(options.suite, rows, device=cpu_name(), out=options.out))
+    elif options.suite == "weights":
+        print(save("weights", cpu(["weights"]), device=cpu_name(), out=options.out))
     elif options.suite == "cpu":
         print(save("cpu", cpu(options.only), device=cpu_name(), out=options.out))
     else:
-        parser.error("name a suite: cpu, gpu, wire or async")
+        parser.error("name a suite: cpu, gpu, wire, async or weights")
 
 
 if __name__ == "__main__":

@@ -1,51 +1,81 @@
 """Weights from the learner to generators over loopback TCP: bytes on the wire, seconds, and who is held up how long.
 
-Two models are published after real AdamW steps on random text: the demo's (fp32, LR 2e-4: every word changes) and one
-of Qwen2.5-0.5B's shape with 2 of its 24 layers (bf16 copies of fp32 weights, LR 1e-6: few words change). All processes
-share this machine's cores, so times are an upper bound of what separate machines need beside the network.
+Two models. The demo's, in float32: consecutive versions of a short real run of the recipe (PPO, LR 2e-4), where every
+word changes. One of Qwen2.5-0.5B's shape with random weights and LAYERS of its 24 layers, which is what fits beside
+others: bf16 copies of float32 weights after real AdamW steps at LR 1e-6 on random text, where few words change; layers
+and embedding are also coded apart, to say what 24 layers would cost. All processes share this machine's cores, so times
+are an upper bound of what separate machines need beside the network.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.cutter import Cutter
 from benchmarks.protocol import Row, row
+from orz_async.broker.relays import routes
+from orz_async.learner.base import make_base
 from orz_async.observe.events import EventLog
 from orz_async.weights.delta import apply_block, encode_block
+from orz_async.weights.file import FileFetcher
+from orz_async.weights.history import worth_coding
 from orz_async.weights.payload import SEGMENT_BYTES, segments
 from orz_async.weights.protocol import Fetcher, Snapshot
 from orz_async.weights.relay import Relay
 from orz_async.weights.snapshot import State, capture, tensor_bytes
 from orz_async.weights.stream import StreamFetcher, StreamPublisher
+from orz_async.weights.transport import relay_address
 
 LOOPBACK = "tcp://127.0.0.1:0"
 WARMUP_STEPS = 3  # Adam's first steps move every weight by the full learning rate; later ones are what a run sees
 VERSIONS = 5
 LAG = 4
 READERS = 8
+LAYERS, ALL_LAYERS = 4, 24
+PATIENCE_S = 300
 Version = dict[str, Tensor]
 
 
-def demo_model() -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        vocab_size=50,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config)  # type: ignore[no-untyped-call]
+def demo_updates() -> list[Version]:
+    """Consecutive versions of a run of the demo's recipe from a base model that is hardly trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        make_base(base, seed=1, steps=60, threads=1)
+        options = {
+            "--run-dir": f"{folder}/run",
+            "--model.path": base / "model",
+            "--data.train": base / "train.jsonl",
+            "--data.heldout": base / "heldout.jsonl",
+            "--weights.transport": "file",
+            "--weights.directory": f"{folder}/weights",
+            "--steps": VERSIONS + 1,
+            "--eval.every": 0,
+        }
+        command = [sys.executable, "-m", "orz_async.cli", "run", "tiny_cpu"]
+        command += [str(word) for option in options.items() for word in option]
+        with Path(folder, "log").open("wb") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            try:
+                with closing(FileFetcher(f"file://{folder}/weights", 1, EventLog.disabled())) as fetcher:
+                    # Version 0 is the base itself; the first update moves every weight by the full learning rate.
+                    return [arrive(fetcher, version).tensors for version in range(1, VERSIONS + 1)]
+            finally:
+                run.terminate()
+                run.wait()
 
 
-def half_billion_shape(layers: int = 2) -> Qwen2ForCausalLM:
+def half_billion_shape(layers: int) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=151936,
         hidden_size=896,
@@ -73,7 +103,7 @@ def updates(model: Qwen2ForCausalLM, lr: float, dtype: torch.dtype, tokens: int)
 
 def arrive(fetcher: Fetcher, version: int) -> Snapshot:
     fetcher.want(version)
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE_S
     while (snapshot := fetcher.poll()) is None:
         if time.monotonic() > end:
             raise TimeoutError(fetcher.waiting_for())
@@ -81,10 +111,21 @@ def arrive(fetcher: Fetcher, version: int) -> Snapshot:
     return snapshot
 
 
+def exact(snapshot: Snapshot, expected: Version) -> int:
+    """Tensors that arrived, every one of them bit by bit what was published; an error otherwise."""
+    if snapshot.tensors.keys() != expected.keys():
+        raise AssertionError(f"expected {sorted(expected)}, got {sorted(snapshot.tensors)}")
+    for name, tensor in expected.items():
+        found = snapshot.tensors[name]
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.shape) or tensor_bytes(found) != tensor_bytes(tensor):
+            raise AssertionError(f"tensor {name!r} of version {snapshot.version} is not what was published")
+    return len(expected)
+
+
 def travel(model: str, versions: list[Version]) -> list[Row]:
     """Publish in turn; one fetcher follows, one joins each time, one comes back after LAG versions."""
     name, full = f"weights {model}", sum(tensor.nbytes for tensor in versions[0].values())
-    held, joins, follows, bytes_sent, forms = [], [], [], [], []
+    held, joins, follows, bytes_sent, forms, tensors = [], [], [], [], [], 0
     with ExitStack() as stack:
         events = EventLog.disabled()
         publisher = stack.enter_context(closing(StreamPublisher(LOOPBACK, 0, events)))
@@ -96,19 +137,23 @@ def travel(model: str, versions: list[Version]) -> list[Row]:
             held.append(report.seconds * 1e3)
             started = time.monotonic()
             snapshot = arrive(steady, number)
+            seconds = time.monotonic() - started
+            tensors += exact(snapshot, version)
             if number:
-                follows.append((time.monotonic() - started) * 1e3)
+                follows.append(seconds * 1e3)
                 bytes_sent.append(100 * snapshot.bytes / full)
                 forms.append("delta" if snapshot.base_version >= 0 else "full")
             else:
                 arrive(lagging, 0)
             with closing(StreamFetcher(publisher.address, 0, events, stall_s=60)) as late:
                 started = time.monotonic()
-                arrive(late, number)
+                joined = arrive(late, number)
                 joins.append((time.monotonic() - started) * 1e3)
+                tensors += exact(joined, version)
         started = time.monotonic()
         merged = arrive(lagging, LAG)
         merged_ms = (time.monotonic() - started) * 1e3
+        tensors += exact(merged, versions[-1])
     return [
         row(name, "publish(): caller held up", "ms", held, megabytes=full / 1e6),
         row(name, "join: snapshot to verified", "ms", joins),
@@ -116,14 +161,16 @@ def travel(model: str, versions: list[Version]) -> list[Row]:
         row(name, "follow: bytes / full", "%", bytes_sent),
         row(name, f"{LAG} behind: asked to verified", "ms", [merged_ms], base=merged.base_version),
         row(name, f"{LAG} behind: bytes / full", "%", [100 * merged.bytes / full]),
+        row(name, "arrived bit for bit", "tensors", [tensors], wrong=0),
     ]
 
 
-def coding(old: State, new: State) -> list[Row]:
-    """Speed of one core, in bytes of tensor a second."""
+def coding(model: str, old: State, new: State) -> list[Row]:
+    """Speed of one core, in bytes of tensor a second; and what is sent, for layers and embedding apart."""
     encode_s = decode_s = 0.0
-    total = 0
+    total, coded = {"layers": 0, "rest": 0}, {"layers": 0, "rest": 0}
     for spec in new.specs:
+        part = "layers" if ".layers." in spec.name else "rest"
         pairs = zip(
             segments(tensor_bytes(new.tensors[spec.name]), SEGMENT_BYTES),
             segments(tensor_bytes(old.tensors[spec.name]), SEGMENT_BYTES),
@@ -138,48 +185,97 @@ def coding(old: State, new: State) -> list[Row]:
             apply_block(target, spec.dtype, block, piece)
             decode_s += time.perf_counter() - copied
             encode_s += encoded - started
-            total += len(after)
+            total[part] += len(after)
+            coded[part] += block.bytes
+            if target != after:
+                raise AssertionError(f"tensor {spec.name!r} is not what was coded")
+    name, num_bytes = f"weights coding {model}", sum(total.values())
+    started = time.perf_counter()
+    worth = worth_coding(new, old)
+    probed_ms = (time.perf_counter() - started) * 1e3
     return [
-        row("weights coding, one core", "encode", "GB/s", [total / encode_s / 1e9]),
-        row("weights coding, one core", "apply", "GB/s", [total / decode_s / 1e9]),
+        row(name, "encode, one core", "GB/s", [num_bytes / encode_s / 1e9]),
+        row(name, "apply, one core", "GB/s", [num_bytes / decode_s / 1e9]),
+        row(name, "coded bytes / full", "%", [100 * sum(coded.values()) / num_bytes]),
+        *(row(name, f"coded bytes / full: {part}", "%", [100 * coded[part] / total[part]]) for part in total),
+        row(name, "probe: is a delta worth coding", "ms", [probed_ms], worth=worth),
     ]
+
+
+def scaled(rows: list[Row], version: Version) -> Row:
+    """What the measured model would send with all its layers: layers and the rest weighed by their sizes."""
+    percent = {r["variant"].rpartition(" ")[2]: r["median"] for r in rows if "full:" in r["variant"]}
+    layers = sum(t.nbytes for name, t in version.items() if ".layers." in name) * ALL_LAYERS / LAYERS
+    rest = sum(t.nbytes for name, t in version.items() if ".layers." not in name)
+    value = (percent["layers"] * layers + percent["rest"] * rest) / (layers + rest)
+    return row(rows[0]["name"], f"scaled to {ALL_LAYERS} layers", "%", [value], full_megabytes=(layers + rest) / 1e6)
+
+
+def resume(version: Version) -> list[Row]:
+    """The connection is cut in the middle of a snapshot; what arrived before is not sent again."""
+    full = sum(tensor.nbytes for tensor in version.values())
+    with ExitStack() as stack:
+        events = EventLog.disabled()
+        publisher = stack.enter_context(closing(StreamPublisher(LOOPBACK, 0, events)))
+        publisher.publish(0, version.items())
+        cutter = stack.enter_context(closing(Cutter(publisher.address, after=full // 2)))
+        fetcher = stack.enter_context(closing(StreamFetcher(cutter.address, 0, events)))
+        snapshot = arrive(fetcher, 0)
+        exact(snapshot, version)
+        if cutter.connections != 2:
+            raise AssertionError(f"expected one cut and one new connection, saw {cutter.connections} connections")
+        return [row("weights resume after a cut", "received / full", "x", [fetcher.received_bytes / full], cut_at=0.5)]
 
 
 def fan_out(versions: list[Version]) -> list[Row]:
-    """Bytes the learner sends for one update to READERS generators, as a multiple of what one costs it."""
-    multiples: dict[str, list[float]] = {"directly": [], "through one relay": []}
-    seconds: dict[str, list[float]] = {variant: [] for variant in multiples}
-    for variant in multiples:
+    """Bytes the learner sends to READERS generators, as a multiple of what one costs it: a first snapshot, then deltas.
+
+    The relays are those that `orz run --weights.relays true` makes: every generator is one, in the broker's tree.
+    """
+    name, rows = f"weights to {READERS} generators", []
+    for variant in ("directly", "through relays"):
+        multiples: list[float] = []
+        seconds: list[float] = []
         with ExitStack() as stack:
             events = EventLog.disabled()
             publisher = stack.enter_context(closing(StreamPublisher(LOOPBACK, 0, events)))
-            source, readers = publisher.address, READERS
-            if variant != "directly":
-                relay = stack.enter_context(closing(Relay(source, LOOPBACK, 0, events, stall_s=60)))
-                source, readers = relay.address, READERS - 1  # the relay's own engine is the eighth
-            fetchers = [
-                stack.enter_context(closing(StreamFetcher(source, 0, events, stall_s=60))) for _ in range(readers)
-            ]
-            for number, version in enumerate(versions[:3]):
+            relays = {f"g{n}": relay_address(LOOPBACK) for n in range(READERS)} if variant != "directly" else {}
+            found = routes(relays, [f"g{n}" for n in range(READERS)], publisher.address)
+            fetchers: list[Fetcher] = []
+            for one, sources in found.items():
+                if relays:
+                    fetcher: Fetcher = Relay(sources, relays[one], 0, events, stall_s=60)
+                else:
+                    fetcher = StreamFetcher(sources, 0, events, stall_s=60)
+                fetchers.append(stack.enter_context(closing(fetcher)))
+            for number, version in enumerate(versions):
                 before = publisher.traffic.bytes_sent
-                publisher.publish(number, version.items())
+                digest = publisher.publish(number, version.items()).digest
                 started = time.monotonic()
-                for fetcher in fetchers:
-                    fetcher.want(number)
-                one = max(arrive(fetcher, number).bytes for fetcher in fetchers)
-                seconds[variant].append((time.monotonic() - started) * 1e3)
-                multiples[variant].append((publisher.traffic.bytes_sent - before) / one)
-    name = f"weights to {READERS} generators"
-    return [row(name, f"{variant}: bytes / one", "x", values) for variant, values in multiples.items()] + [
-        row(name, f"{variant}: all verified", "ms", values) for variant, values in seconds.items()
-    ]
+                for fetcher, sources in zip(fetchers, found.values(), strict=True):
+                    fetcher.want(number, digest, sources)
+                snapshots = [arrive(fetcher, number) for fetcher in fetchers]
+                seconds.append((time.monotonic() - started) * 1e3)
+                for snapshot in snapshots:
+                    exact(snapshot, version)
+                multiples.append((publisher.traffic.bytes_sent - before) / snapshots[0].bytes)
+        rows += [
+            row(name, f"{variant}: snapshot, bytes / one", "x", multiples[:1]),
+            row(name, f"{variant}: deltas, bytes / one", "x", multiples[1:]),
+            row(name, f"{variant}: deltas, all verified", "ms", seconds[1:]),
+        ]
+    return rows
 
 
 def run() -> list[Row]:
     torch.manual_seed(0)
-    small = list(updates(demo_model(), 2e-4, torch.float32, tokens=512))
+    small = demo_updates()
     rows = travel("demo fp32", small)
-    large = list(updates(half_billion_shape(), 1e-6, torch.bfloat16, tokens=32))
-    rows += travel("0.5B shape bf16", large)
-    rows += coding(capture(0, large[-2].items()), capture(1, large[-1].items()))
-    return rows + fan_out(large)
+    rows += coding("demo fp32", capture(0, small[-2].items()), capture(1, small[-1].items()))
+    large = list(updates(half_billion_shape(LAYERS), 1e-6, torch.bfloat16, tokens=32))
+    rows += travel(f"0.5B shape, {LAYERS} layers, bf16", large)
+    coded = coding(f"0.5B shape, {LAYERS} layers, bf16", capture(0, large[-2].items()), capture(1, large[-1].items()))
+    rows += [*coded, scaled(coded, large[-1])]
+    rows += resume(large[-1])
+    # Eight generators in one process: without the embedding, so that their copies fit.
+    return rows + fan_out([{n: t for n, t in version.items() if ".layers." in n} for version in large[:4]])

@@ -107,6 +107,8 @@ class GeneratorConfig:
     """Leases one daemon holds beyond its slots, so that a freed slot never waits for the network."""
     threads: int = 1
     """CPU threads of the engine."""
+    device: str = "cpu"
+    """Of the engines that `orz run` starts: cpu, cuda, cuda:1, ..."""
     keep_kv: bool = False
     """Keep keys and values computed by older weights after an update, instead of computing them anew."""
     verifiers: int = 1

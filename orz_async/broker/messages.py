@@ -46,6 +46,8 @@ class Hello(_Message, frozen=True, gc=False):
     pid: int
     relay: str = ""
     """Where it offers the weights it has to other generators; empty if it does not."""
+    host: str = ""
+    """Name of its machine: a relay on loopback is for the others there."""
 
 
 class Status(_Message, frozen=True, gc=False):

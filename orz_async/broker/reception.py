@@ -201,6 +201,7 @@ class Reception:
         # A relay would have to hold the learner's key: with keys everybody fetches from the learner itself.
         if member is not None or not is_relay_address(hello.relay):
             hello = msgspec.structs.replace(hello, relay="")
+        hello = msgspec.structs.replace(hello, host=hello.host[:MAX_NAME])
         connection = Connection(identity, hello, since=now, heard=now, sent=now, received=header.sequence)
         connection.key, connection.owner = arrived.key, owner
         self.switchboard.connect(connection)

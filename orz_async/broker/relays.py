@@ -1,4 +1,7 @@
-"""From whom each generator fetches its weights: a tree of those that relay, so that the learner sends to one."""
+"""From whom each generator fetches its weights: a tree of those that relay, so that the learner sends to one.
+
+A relay on loopback is known to its own machine only: the learner then sends to one generator of each machine.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import msgspec
 
 from orz_async.broker.ledger import Ledger
 from orz_async.broker.messages import Published, Welcome
-from orz_async.broker.switchboard import Switchboard
+from orz_async.broker.switchboard import Connection, Switchboard
+from orz_async.weights.address import is_loopback
 
 FANOUT = 2
 """Generators that one relay serves. A version crosses log2(generators) relays, each of which checks it before it passes
@@ -52,10 +56,19 @@ class WeightRoutes:
     def _routes(self, joining: str = "") -> dict[str, tuple[str, ...]]:
         connections = self._switchboard.by_name.values()
         alive = [c for c in connections if c.name in self._ledger.peers or c.name == joining]
-        relays = {c.name: c.hello.relay for c in alive if c.hello.relay}
-        if not relays or not self._learner.startswith(("tcp:", "ipc:")):
+        if not self._learner.startswith(("tcp:", "ipc:")) or not any(c.hello.relay for c in alive):
             return {}
-        return routes(relays, [c.name for c in alive], self._learner)
+        # A tree for each machine with relays on its loopback, and one for everybody else.
+        local = {c.hello.host for c in alive if c.hello.relay and is_loopback(c.hello.relay)}
+        groups: dict[str, list[Connection]] = {}
+        for c in alive:
+            is_local = is_loopback(c.hello.relay) if c.hello.relay else c.hello.host in local
+            groups.setdefault(f"on {c.hello.host}" if is_local else "", []).append(c)
+        found: dict[str, tuple[str, ...]] = {}
+        for group in groups.values():
+            relays = {c.name: c.hello.relay for c in group if c.hello.relay}
+            found |= routes(relays, [c.name for c in group], self._learner)
+        return found
 
     def announcements(self) -> dict[str, Published]:
         """For every connected generator."""

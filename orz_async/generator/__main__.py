@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 import tomllib
@@ -102,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep keys and values of older weights after an update instead of computing them anew",
     )
+    options.add_argument("--dry-run", action="store_true", help="check the options, say what they mean, start nothing")
     return options
 
 
@@ -188,7 +190,7 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     if relay and key is not None:
         raise ConfigError("expected --key or --relay, found both: a relay cannot prove that it is the learner")
     called = name_with_key(name, None if key is None else read_key(key))
-    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay)
+    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay, socket.gethostname())
     events = EventLog.disabled()
     if options.run_dir:
         events = EventLog(Path(options.run_dir) / "events" / f"generator-{name}.jsonl", f"generator-{name}")
@@ -213,10 +215,21 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     )
 
 
+def dry_run(options: argparse.Namespace) -> None:
+    settings = settings_of(options)
+    where = options.connect or (f"the address in {options.run_dir}/address" if options.run_dir else address_of(options))
+    relay = transport.relay_address(options.relay)
+    print(f"would connect to {where} and wait {settings.reconnect_s:g} s for it")
+    print(f"would sample {settings.slots} sequences at once with {settings.engine} on {options.device}")
+    print(f"would pass weights on at {relay}" if relay else "would pass no weights on")
+
+
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     name = options.name or f"g-{secrets.token_hex(3)}"
-    run_main(lambda: daemon_of(options, name).run(), process=f"generator-{name}")
+    run_main(
+        lambda: dry_run(options) if options.dry_run else daemon_of(options, name).run(), process=f"generator-{name}"
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def generator(config: Config, index: int) -> Command:
         "--slots": settings.slots,
         "--queue": settings.queue,
         "--threads": settings.threads,
+        "--device": settings.device,
         "--verifiers": settings.verifiers,
         "--reconnect-s": settings.reconnect_s,
     }

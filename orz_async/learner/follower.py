@@ -8,6 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 import msgspec
+import torch
 
 from orz_async.learner import checkpoint
 from orz_async.learner.durable import Identity
@@ -72,4 +73,4 @@ def _learn(trainer: Trainer, timeline: Timeline, trajectories: list[Trajectory])
 
 
 def _gather(trainer: Trainer) -> None:
-    deque(full_state(trainer.policy), maxlen=0)
+    deque(full_state(trainer.policy, getattr(torch, trainer.config.model.dtype)), maxlen=0)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from orz_async.config import Config
 from orz_async.errors import DiskError, Interrupted, NumericError, PeerLostError
 from orz_async.learner import checkpoint
@@ -106,7 +108,7 @@ class Learner:
         with services.timeline.state("publish"):
             if version == self.trainer.num_steps:
                 self.trainer.world.send(Command.GATHER)
-            named = full_state(self.trainer.policy)
+            named = full_state(self.trainer.policy, getattr(torch, self.config.model.dtype))
             if self.auditor.enabled:
                 whole = list(named)
                 self.auditor.remember(version, whole)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -181,13 +182,16 @@ def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, full_tensor(parameter.detach())
 
 
-def full_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All ranks, exhausting it: what an engine needs, the parameters and the buffers that a model's files hold."""
-    yield from full_parameters(module)
+def full_state(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """All ranks, exhausting it: what an engine needs, the parameters and the buffers that a model's files hold.
+
+    dtype: in which the learner computes. Its float32 master weights are rounded to it in every forward pass, and an
+    engine that is given them rounded computes the same; and after a small step most rounded words are what they were.
+    """
     persistent = module.state_dict().keys()
-    for name, buffer in module.named_buffers():
-        if name in persistent:
-            yield name, full_tensor(buffer.detach())
+    buffers = ((name, full_tensor(one.detach())) for name, one in module.named_buffers() if name in persistent)
+    for name, tensor in chain(full_parameters(module), buffers):
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -49,10 +49,10 @@ class Run:
             command = []  # torchrun forks the rank: a kill -9 of it must hit the learner itself
         return self._start([*command, "-m", "orz_async.learner", "tiny_cpu", *self.overrides], "learner")
 
-    def generator(self, name: str) -> subprocess.Popen[bytes]:
+    def generator(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         address = wait_for(lambda: (self.folder / "address").exists() and (self.folder / "address").read_text())
         command = ["-m", "orz_async.generator", "--connect", address, "--name", name, "--run-dir", str(self.folder)]
-        return self._start([*command, "--threads", "1"], f"generator-{name}")
+        return self._start([*command, "--threads", "1", *options], f"generator-{name}")
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
         logs = self.folder / "logs"

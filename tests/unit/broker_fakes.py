@@ -94,9 +94,17 @@ class FakeGenerator:
     """Answers each lease on the next turn, with the newest version it heard of. Runs in a thread, or turn by turn."""
 
     def __init__(
-        self, address: str, name: str, slots: int = 8, *, vocab_size: int = VOCAB, pid: int = 1, relay: str = ""
+        self,
+        address: str,
+        name: str,
+        slots: int = 8,
+        *,
+        vocab_size: int = VOCAB,
+        pid: int = 1,
+        relay: str = "",
+        host: str = "here",
     ) -> None:
-        hello = Hello(name, "fake", slots, vocab_size, pid, relay)
+        hello = Hello(name, "fake", slots, vocab_size, pid, relay, host)
         self.client = BrokerClient(address, hello, reconnect_s=20.0, events=EventLog.disabled())
         self.name = name
         self.slots = slots

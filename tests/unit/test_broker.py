@@ -451,8 +451,34 @@ def test_relays_are_made_known_and_forgotten_with_the_generator(brokers: Callabl
                 broker.published(1, "0badcafe")
                 announced = Published(1, "0badcafe", (one, learner))
                 wait_until(lambda: announced in second.seen and announced in plain.seen)
+            with FakeGenerator(broker.address, "elsewhere", relay=one, host="there") as elsewhere:
+                # Loopback of another machine leads nowhere: that machine has a tree of its own.
+                wait_until(lambda: sources_of(elsewhere) == (learner,))
+                broker.take(1)
+                broker.published(2, "c0ffee")
+                wait_until(lambda: Published(2, "c0ffee", (one, learner)) in plain.seen)
+                assert sources_of(elsewhere) == (learner,)
             first.client.send(Leave("enough"))
             wait_until(lambda: sources_of(plain) == (learner,))
+
+
+def test_a_frozen_relay_is_routed_around_and_other_machines_never_hear_of_it(brokers: Callable[..., Broker]) -> None:
+    broker = brokers(max_lag=0)
+    learner, one = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
+    broker.published(0)
+    frozen = FakeGenerator(broker.address, "frozen", relay=one)
+    while not sources_of(frozen):
+        frozen.turn()
+    with FakeGenerator(broker.address, "near") as near, FakeGenerator(broker.address, "far", host="there") as far:
+        wait_until(lambda: bool(sources_of(near) and sources_of(far)), 30)
+        assert sources_of(far) == (learner,)
+        assert (one, learner) in [
+            tuple(m.weights_address.split(",")) if isinstance(m, Welcome) else m.sources
+            for m in list(near.seen)
+            if isinstance(m, Welcome | Published)
+        ]
+        wait_until(lambda: sources_of(near) == (learner,), 30)  # its connection is open, and it says nothing
+    frozen.client.close()
 
 
 def test_an_error_in_the_brokers_thread_reaches_the_learner(brokers: Callable[..., Broker]) -> None:

@@ -312,7 +312,8 @@ def test_buffers_of_the_models_files_travel_and_others_do_not() -> None:
         one.model.register_buffer("scale", torch.ones(3))
         one.model.register_buffer("steps", torch.tensor([7]))
     learner.model.scale.mul_(2)
-    tensors = dict(full_state(learner))
+    assert {t.dtype for t in dict(full_state(learner, torch.bfloat16)).values()} == {torch.bfloat16, torch.int64}
+    tensors = dict(full_state(learner, torch.float32))
     assert {"model.scale", "model.steps"} == tensors.keys() - tensors_of(tiny_model()).keys()
     assert not [name for name in tensors if "inv_freq" in name]
     assert engine.apply(1, tensors) == state_digest(tensors)
