@@ -95,3 +95,7 @@ def test_a_killed_learner_resumes_with_the_same_rollouts(new_run: Callable[..., 
     # The whole run, killed in the middle, is bit for bit the run that nobody killed.
     losses, _ = replay.train(run.folder)
     assert losses == [step["losses"] for step in run.steps()]
+    told = run.orz("replay", str(run.folder))
+    assert f"losses equal those of the run, bit for bit, in all {STEPS} steps" in told
+    verified = run.orz("verify", str(run.folder))
+    assert "lost 0, trained twice 0" in verified and "verified" in verified
