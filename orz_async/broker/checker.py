@@ -2,7 +2,7 @@
 
 The ledger decides and `frontier.replay` repeats its decisions; both could be wrong in the same way. This one only knows
 the rules: an attempt begins with its grant, goes to one generator, ends once; a batch holds B accepted rollouts, each
-in one batch only; a step is taken again only after a restart, and then with the same rollouts; no token is older than S.
+in one batch only; a step is taken again only after a restart, with the same rollouts; no token is older than S.
 Memory: the rollouts that are granted and not taken, and the numbers of each batch.
 """
 

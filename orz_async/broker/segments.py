@@ -123,7 +123,7 @@ def _is_record(data: bytes, start: int) -> bool:
     if data[kind : kind + 1] not in (_TRAJECTORY, _ENTRY):
         return False
     length, crc = _RECORD.unpack_from(data, start)
-    return 0 < length <= len(data) - kind and crc32c(data[kind : kind + length]) == crc
+    return bool(0 < length <= len(data) - kind and crc32c(data[kind : kind + length]) == crc)
 
 
 def load(location: Location) -> Trajectory:

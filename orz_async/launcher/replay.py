@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -34,10 +35,9 @@ def replay(source: Path, config: Config) -> int:
     if not rollouts.num_steps:
         raise DataError(f"expected at least one complete batch in {source}/journal, found none")
     with RunFolder(config, Mode.CONTINUE), _Showing(config):
-        try:
+        # At the end of the journal the run may have had more steps to do: what there is has been trained and saved.
+        with contextlib.suppress(EndOfJournalError):
             start(config, Replay(rollouts))
-        except EndOfJournalError:
-            pass  # the run had more steps to do: what there is has been trained and saved
     for line in report(source, Path(config.run_dir), original, config):
         print(line)
     return 0
