@@ -34,10 +34,9 @@ def replay(source: Path, config: Config) -> int:
     rollouts = JournalRollouts(source / "journal")
     if not rollouts.num_steps:
         raise DataError(f"expected at least one complete batch in {source}/journal, found none")
-    with RunFolder(config, Mode.CONTINUE), _Showing(config):
-        # At the end of the journal the run may have had more steps to do: what there is has been trained and saved.
-        with contextlib.suppress(EndOfJournalError):
-            start(config, Replay(rollouts))
+    # At the end of the journal the run may have had more steps to do: what there is has been trained and saved.
+    with RunFolder(config, Mode.CONTINUE), _Showing(config), contextlib.suppress(EndOfJournalError):
+        start(config, Replay(rollouts))
     for line in report(source, Path(config.run_dir), original, config):
         print(line)
     return 0

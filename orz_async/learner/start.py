@@ -92,7 +92,7 @@ def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: 
             "steps": config.steps,
         },
     )
-    start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps)
+    start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps, checkpoint.older_ledgers(found))
     assert auditor is not None
     with outside(config, trainer, identity, events, start) as (rollouts, weights):
         services = Services(run_dir, identity, rollouts, weights, events, timeline, stop)

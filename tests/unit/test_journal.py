@@ -129,6 +129,40 @@ def test_damage_in_the_middle_is_noticed_and_spares_what_lies_behind(tmp_path: P
     assert contents(tmp_path, first=5) == [trajectory(1), trajectory(2)]
 
 
+def test_damage_at_the_end_is_kept_aside_and_a_torn_tail_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path, [*ENTRIES, trajectory(0)])
+    path = segment_files(tmp_path)[0][1]
+    whole = path.read_bytes()
+    second = next(place for index, _, place in records(tmp_path) if index == 1)
+    path.write_bytes(whole[: second.start + 3] + b"?" + whole[second.start + 4 :])
+    written(tmp_path, [])
+    assert contents(tmp_path) == ENTRIES[:1]
+    aside = path.with_suffix(".damaged")
+    assert path.read_bytes() + aside.read_bytes() == whole[: second.start + 3] + b"?" + whole[second.start + 4 :]
+    assert "generated again" in caplog.text
+
+    aside.unlink()
+    path.write_bytes(whole[:-5])
+    written(tmp_path, [])
+    assert contents(tmp_path) == ENTRIES
+    assert not aside.exists()
+
+
+def test_a_full_disk_at_a_new_segment_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = opened(tmp_path, segment_mb=1)
+    journal.append(trajectory(0, MEGABYTE + 64))
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "_begin_segment", full)
+    with pytest.raises(DiskError, match="No space left"):
+        journal.write(0.0)
+    assert list(read(tmp_path)) == [trajectory(0, MEGABYTE + 64)]
+
+
 def test_a_length_beyond_reason_allocates_nothing(tmp_path: Path) -> None:
     written(tmp_path, [trajectory(0)])
     with segment_files(tmp_path)[0][1].open("ab") as file:
