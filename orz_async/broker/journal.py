@@ -65,8 +65,10 @@ class Journal:
         self._syncing: tuple[int, Future[None]] | None = None
         self._synced_at = self._checked_at = 0.0
 
-    def open(self, at_least: int = 0) -> None:
-        """Cut a torn tail off and begin a new segment. `at_least` is the index that a checkpoint knows of."""
+    def open(self, at_least: int = 0, keep_from: int = 0) -> None:
+        """Cut a torn tail off and begin a new segment. `at_least` is the index that a checkpoint knows of, `keep_from`
+        the first record that one needs: what lies before may have to go before there is space to begin.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._adopt()
@@ -75,7 +77,8 @@ class Journal:
                     f"expected the {at_least} journal records that the checkpoint knows of, {self.folder} has "
                     f"{self.next_index}; resume from an older checkpoint, or move the folder away and lose the rest"
                 )
-            self.next_index = self.durable = max(self.next_index, at_least)
+            self.next_index = self.durable = self._segment = max(self.next_index, at_least)
+            self.keep_from(keep_from)
             self._check_space()
             self._begin_segment()
         except OSError as error:

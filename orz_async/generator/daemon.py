@@ -23,13 +23,14 @@ from orz_async.broker.messages import (
     ToGenerator,
     Welcome,
 )
-from orz_async.errors import EngineError, Interrupted, OrzError, WireError
+from orz_async.errors import EngineError, Interrupted, OrzError, PeerLostError, WireError
 from orz_async.generator.engine import ref_of
 from orz_async.generator.incoming import IncomingWeights
 from orz_async.generator.meter import Meter
 from orz_async.generator.ports import Client, Grader, MakeFetcher, MakeServing, Serving
 from orz_async.generator.workload import Workload
 from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.process import dump_stacks
 from orz_async.weights.protocol import Snapshot
 from orz_async.weights.snapshot import blame
 
@@ -117,6 +118,8 @@ class Daemon:
                 while self._state is not State.LEFT:
                     self.step()
             except OrzError as error:
+                if isinstance(error, (PeerLostError, EngineError)):
+                    dump_stacks(error)
                 if self._state is not State.LEFT:
                     # Silence would tell the broker too, but later: this way the leases are granted again at once.
                     self._client.send(Leave(str(error)))

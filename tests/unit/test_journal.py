@@ -201,6 +201,20 @@ def test_old_segments_go_only_when_space_is_short_and_no_checkpoint_needs_them(t
     journal.close()
 
 
+def test_a_journal_over_its_limit_opens_again_if_old_files_may_go(tmp_path: Path) -> None:
+    journal = opened(tmp_path, segment_mb=1, max_mb=9)
+    for rollout in range(4):
+        journal.append(trajectory(rollout, MEGABYTE + 64))
+        journal.write(0.0)
+    journal.close()
+    with pytest.raises(DiskError, match=r"journal\.max_mb allows 3"):
+        opened(tmp_path, segment_mb=1, max_mb=3)
+    journal = Journal(tmp_path, RUN, JournalConfig(fsync="none", min_free_mb=0, segment_mb=1, max_mb=3))
+    journal.open(keep_from=3)
+    journal.close()
+    assert [first for first, _ in segment_files(tmp_path)] == [2, 3, 4]
+
+
 def test_a_journal_that_may_not_grow_refuses_before_it_writes(tmp_path: Path) -> None:
     journal = opened(tmp_path, segment_mb=1, max_mb=2)
     with pytest.raises(DiskError, match=r"journal.max_mb allows 2; checkpoint more often"):
