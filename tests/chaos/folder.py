@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orz_async.observe.process import die_with_parent
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
     *("--broker.prompts-per-step", "2", "--broker.samples-per-prompt", "2", "--sampling.max-new-tokens", "8"),
@@ -92,6 +94,7 @@ class Folder:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         process = Process(kind, name, popen, time.time())
         self.processes.append(process)

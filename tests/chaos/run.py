@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -111,10 +112,11 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=200, help="kill -9 in total (default: %(default)s)")
     options.add_argument("--seconds", type=float, default=480.0, help="the storm's time at most (default: %(default)s)")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--random-deaths", type=int, default=5, help="of the learner (default: %(default)s)")
+    options.add_argument("--random-deaths", type=int, default=4, help="of the learner (default: %(default)s)")
     options.add_argument("--launcher-kills", type=int, default=3, help="(default: %(default)s)")
     options.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder, deleted)")
     given = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is closed
     with tempfile.TemporaryDirectory(prefix="orz-chaos-") as temporary:
         root = given.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,7 @@ def main() -> None:
                 random_deaths=given.random_deaths,
                 kills=given.kills - given.launcher_kills - 2,
                 seconds=given.seconds,
-                kill_every_s=1.0,
+                kill_every_s=1.2,
                 daemons=1,
                 seed=given.seed,
                 say=say,

@@ -152,8 +152,9 @@ class Storm:
         )
 
     def kill_one(self) -> None:
-        # A frozen one dies too: that is what an operator does with it, and its place is taken.
-        if ripe := [p for p in self.folder.those(LEAN) if time.time() - p.born > 0.6]:
+        # One that the broker knows: else nothing is lost with it. A frozen one dies too, and its place is taken.
+        known = {event["generator"] for event in self.folder.events("broker") if event["kind"] == "joined"}
+        if ripe := [p for p in self.folder.those(LEAN) if p.name in known]:
             self.folder.kill(self.rng.choice(ripe))
 
     def freeze(self) -> None:
