@@ -154,7 +154,11 @@ class Storm:
     def kill_one(self) -> None:
         # One that the broker knows: else nothing is lost with it. A frozen one dies too, and its place is taken.
         known = {event["generator"] for event in self.folder.events("broker") if event["kind"] == "joined"}
-        if ripe := [p for p in self.folder.those(LEAN) if p.name in known]:
+        lean = self.folder.those(LEAN)
+        ripe = [p for p in lean if p.name in known]
+        if not ripe and self.rng.random() < 0.5:  # while no learner listens some die on their way to it
+            ripe = [p for p in lean if time.time() - p.born > 0.6]
+        if ripe:
             self.folder.kill(self.rng.choice(ripe))
 
     def freeze(self) -> None:
