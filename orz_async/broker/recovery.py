@@ -93,6 +93,10 @@ def _accept(book: Book, trajectory: Trajectory, *, replay: bool) -> bool:
 
 
 def _decode(data: bytes) -> Snapshot:
+    if not data:
+        raise CheckpointError(
+            "expected a checkpoint with a ledger, found one that was made by `orz replay`; continue it with that"
+        )
     try:
         return msgspec.msgpack.decode(data, type=Snapshot)
     except msgspec.DecodeError as error:
