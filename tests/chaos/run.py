@@ -19,11 +19,12 @@ from tests.chaos.folder import DAEMON, LAUNCHER, LEAN, LEARNER, ROOT, Folder, pe
 from tests.chaos.storm import Storm
 
 POINTS = (
-    *("after-take:3", "journal-append:20", "before-publish:4", "weights-out:4", "after-publish:3", "start-recovered"),
-    *("before-checkpoint:1", "checkpoint-tensors:1", "checkpoint-files:3", "checkpoint-rename:1", "start-epoch"),
-    *("checkpoint-renamed:2", "checkpoint-prune:2", "checkpoint-pruning:2", "after-checkpoint:7", "after-values:9"),
+    *("after-take:3", "journal-append:20", "checkpoint-renamed:2", "before-publish:4", "checkpoint-prune:2"),
+    *("weights-out:4", "after-checkpoint:7", "start-recovered", "checkpoint-files:3", "checkpoint-pruning:2"),
+    *("after-publish:3", "checkpoint-rename:2", "start-epoch", "checkpoint-tensors:2", "before-checkpoint:2"),
+    *("after-values:9", "journal-segment"),
 )
-"""Named points, each with how often it is passed before it kills; in an order that lets the run get on between them."""
+"""Named points, each with how often it is passed before it kills, in an order that lets the run save between them."""
 
 begun = time.monotonic()
 

@@ -54,16 +54,6 @@ class Run:
         command = ["-m", "orz_async.generator", "--connect", address, "--name", name, "--run-dir", str(self.folder)]
         return self._start([*command, "--threads", "1"], f"generator-{name}")
 
-    def orz(self, *words: str) -> str:
-        """What a command prints; it must end with 0."""
-        command = [sys.executable, "-m", "orz_async.cli", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
