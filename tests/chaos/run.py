@@ -132,7 +132,7 @@ def main() -> None:
                 kills=given.kills - given.launcher_kills - 2,
                 seconds=given.seconds,
                 kill_every_s=1.2,
-                daemons=1,
+                daemons=2,
                 seed=given.seed,
                 say=say,
             )

@@ -82,8 +82,8 @@ class Storm:
             self._next_kill = now + self.rng.expovariate(1 / self.kill_every_s)
             self.kill_one()
         if now >= self._daemon_kill:
-            self._daemon_kill = now + self.rng.uniform(15, 30)
-            if known := [d for d in self.folder.those(DAEMON) if self.has_joined(d)]:
+            self._daemon_kill = now + self.rng.uniform(8, 16)
+            if known := [d for d in self.folder.those(DAEMON) if d.stopped or self.serves(d)]:
                 self.folder.kill(self.rng.choice(known))
         if now >= self._next_freeze:
             self._next_freeze = now + self.rng.uniform(2, 5)
@@ -145,7 +145,8 @@ class Storm:
         kinds = ("nan-reward", "nan-logprob", "inf-reward", "inf-logprob")
         return ("--poison", kinds[self._named // 12 % 4]) if self._named % 12 == 0 else ()
 
-    def has_joined(self, process: Process) -> bool:
+    def serves(self, process: Process) -> bool:
+        """A daemon that has come so far as to have weights: before, little can be lost with it."""
         return any(
             event["kind"] == "weights" and event["t"] > process.born
             for event in self.folder.events(f"generator-{process.name}")
@@ -162,7 +163,8 @@ class Storm:
             self.folder.kill(self.rng.choice(ripe))
 
     def freeze(self) -> None:
-        awake = [p for p in (*self.folder.those(LEAN), *self.folder.those(DAEMON)) if not p.wakes and not p.stopped]
+        both = (*self.folder.those(LEAN), *[d for d in self.folder.those(DAEMON) if self.serves(d)])
+        awake = [p for p in both if not p.wakes and not p.stopped]
         if not awake or sum(p.stopped for p in self.folder.processes) >= 2:
             return
         process = self.rng.choice(awake)
