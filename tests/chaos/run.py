@@ -91,6 +91,10 @@ def report(folders: list[Folder], storm: Storm) -> None:
     parts = ", ".join(f"{by_kind[kind]} {kind}s" for kind in (LEAN, DAEMON, LEARNER, LAUNCHER))
     print(f"kill -9          {len(kills)}: {parts}")
     print(f"at named points  {sum(named.values())}: {', '.join(f'{point} {n}' for point, n in sorted(named.items()))}")
+    if storm.plan:
+        print(
+            f"not done in time {len(storm.plan)} deaths of the learner: {', '.join(storm.plan)}; give it more --seconds"
+        )
     print(f"SIGSTOP          {', '.join(f'{span} {n}' for span, n in sorted(storm.frozen.items()))}")
     for name, proxy in (("wire", storm.wire), ("weights", storm.weights)):
         print(
