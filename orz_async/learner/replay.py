@@ -21,6 +21,7 @@ from orz_async.learner.durable import Identity
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog
 from orz_async.records import Trajectory
+from orz_async.weights.protocol import PublishReport
 
 
 class EndOfJournalError(Interrupted):
@@ -58,7 +59,7 @@ class JournalRollouts:
             raise EndOfJournalError(f"the journal ends with step {step - 1}; the state is saved")
         return [load(self._places[number]) for number in sorted(self.batches[step])]
 
-    def published(self, version: int) -> None: ...
+    def published(self, version: int, digest: str) -> None: ...
 
     def evaluate(self, version: int) -> None:
         raise AssertionError("nobody can evaluate: eval.every is 0 in a replay")
@@ -79,9 +80,10 @@ class JournalRollouts:
 class NoWeights:
     """Nobody fetches."""
 
-    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
+    def publish(self, version: int, named: Iterable[tuple[str, Tensor]]) -> PublishReport:
         for _ in named:  # sharded parameters are gathered by all ranks together
             pass
+        return PublishReport(version=version, bytes=0, seconds=0.0, digest="")
 
 
 class Replay:

@@ -70,7 +70,8 @@ class Storm:
             self.weights.close()
 
     def is_over(self) -> bool:
-        done = not self.plan and self._learner is not None and self._learner.alive
+        # The last planned death is over, and not only begun.
+        done = not self.plan and (self._learner is None or not self._learner_until)
         return (done and len(self.folder.kills) >= self.kills) or time.monotonic() >= self.until
 
     def turn(self) -> None:
@@ -119,6 +120,8 @@ class Storm:
                     self.say(f"{self._fate.point} was not reached in {LIFE_S:g} s")
                 self.folder.kill(learner)
             return
+        if not self.plan and len(self.folder.kills) >= self.kills:
+            return  # it is over
         planned = self.plan.pop(0) if self.plan else ""
         armed = "" if planned == AT_RANDOM else planned
         self._learner = self.folder.learner("--steps", "1000000", die=armed)
