@@ -11,7 +11,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,13 @@ def arm(point: str, times: int) -> None:
         write = journal._write
         left = [times]
 
-        def half(file: int, data: bytes) -> None:
+        def half(file: int, parts: Sequence[bytes | memoryview]) -> None:
+            data = b"".join(parts)
             left[0] -= len(data) > 200  # not the header of a file
             if left[0] <= 0:
                 os.write(file, data[: len(data) // 2])
                 die()
-            write(file, data)
+            write(file, parts)
 
         journal._write = half
         return

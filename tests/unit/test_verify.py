@@ -90,7 +90,7 @@ def rewrite(run: Path, entries: list[Record]) -> None:
     """The same journal with other records, whole and with right checksums."""
     for _, path in segment_files(run / "journal"):
         path.unlink()
-    data = encode_header(run_hash("run-a"), 0) + b"".join(encode_record(entry) for entry in entries)
+    data = encode_header(run_hash("run-a"), 0) + b"".join(part for entry in entries for part in encode_record(entry))
     (run / "journal" / name_of(0)).write_bytes(data)
 
 
