@@ -46,7 +46,7 @@ class Proxy:
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(asyncio.sleep(0.05))
+            self._loop.run_until_complete(asyncio.sleep(0.3))  # transports close in the loop
         self._loop.close()
 
     def close(self) -> None:
@@ -54,15 +54,19 @@ class Proxy:
         self._thread.join(10)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        both = [writer]
         try:
             host, _, port = self._upstream().removeprefix("tcp://").rpartition(":")
             upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
+            both.append(upstream_writer)
+            ends = tuple(both)
+            pumps = [self._pump(reader, upstream_writer, ends), self._pump(upstream_reader, writer, ends)]
+            await asyncio.gather(*pumps)
         except (OSError, ValueError):
-            writer.transport.abort()
-            return
-        both = (writer, upstream_writer)
-        pumps = [self._pump(reader, upstream_writer, both), self._pump(upstream_reader, writer, both)]
-        await asyncio.gather(*pumps)
+            pass  # no learner listens
+        finally:
+            for one in both:
+                one.transport.abort()
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, both: tuple[asyncio.StreamWriter, ...]
