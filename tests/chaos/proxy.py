@@ -43,6 +43,7 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
+        self._loop.run_until_complete(asyncio.sleep(0.2))  # who is being accepted is accepted
         server.close()
         for writer in self._writers:
             writer.transport.abort()
