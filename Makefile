@@ -16,7 +16,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) C
 COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check compile-check fuzz sanitize sim wheel-check bench clean
+.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test      install, build, run the tests"
 	@echo "make check     ruff, ruff format, mypy --strict, kernel compile check, tests: what a commit needs"
 	@echo "make fuzz      mutated frames through the broker's checks; COUNT=$(COUNT) SEED=$(SEED)"
+	@echo "make chaos     kill -9, SIGSTOP, a lying network and a full disk on real processes, in ten minutes or so"
 	@echo "make compile-check  every GPU kernel to Hopper machine code with two Tritons and nvcc; a spill fails"
 	@echo "make sanitize  C++ under address, undefined-behaviour and thread sanitizers"
 	@echo "make wheel-check    build a wheel (under 60 s), install it into an empty environment, use it"
@@ -63,6 +64,10 @@ fuzz: dev
 
 compile-check: dev $(OLDER)/.installed
 	$(COMPILE_CHECK) $(ARGS)
+
+chaos: dev
+	$(BIN)/python -m tests.chaos.saves --kills 100
+	$(BIN)/python -m tests.chaos.run $(ARGS)
 
 sanitize: dev
 	bash csrc/sanitize.sh $(abspath $(BIN)/python)

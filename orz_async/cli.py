@@ -37,6 +37,15 @@ Make the base model in runs/base if it is not there, then run the recipe tiny_cp
 unless --resume is given.
 """
 
+REPLAY_USAGE = """\
+usage: orz replay RUN [--run-dir NEW] [--setting value]...
+
+Train from the journal of a run, without generators: the same batches in the same order, into a folder of its own
+(default: RUN-replay). With the settings of RUN, on CPU, the losses are those of RUN bit for bit, and it says whether
+they are; with others (--learner.lr 1e-4) it shows what they would have done with the same rollouts. The same command
+continues a replay that was stopped. RUN may still go on: what its journal holds by now is replayed.
+"""
+
 USAGE = """\
 usage: orz COMMAND [...]
 
@@ -48,13 +57,16 @@ commands:
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
   summary RUN      compute and print the summary of a run from its event logs
   keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
+  verify RUN       recompute from journal and event logs whether the run kept its promises
+  replay RUN       train again from the journal of a run, without generators
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
   version          versions of everything that decides a result
 
 `orz COMMAND --help` says more. Exit codes: 0 done, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 wire,
-6 port, 7 lost peer, 8 not a finite number, 9 disk, 10 checkpoint, 11 engine, 130 stopped and saved.
+6 port, 7 lost peer, 8 not a finite number, 9 disk, 10 checkpoint, 11 engine, 12 broken promise,
+130 stopped and saved.
 """
 
 
@@ -122,6 +134,55 @@ def summary(argv: list[str]) -> int:
     if options.json:
         print((options.run / "summary.json").read_text(), end="")
     return 0
+
+
+def verify(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz verify",
+        description="Recompute from the journal and the event logs of a run alone that every granted rollout ended "
+        "exactly once (trained, expired, quarantined), was trained at most once, and that no token was older than S "
+        "when it was trained on. Exits with 12 and names the rollouts where that does not hold.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run; it may still go on")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    options = parser.parse_args(argv)
+    from orz_async.broker import verify as verification
+    from orz_async.errors import BrokenPromiseError
+
+    result = verification.verify(options.run)
+    if options.json:
+        print(verification.to_json(result))
+    else:
+        for name, value in verification.lines(result):
+            print(f"{name:10} {value}")
+        for note in result.notes[:20]:
+            print(f"{'note':10} {note}")
+    if result.findings:
+        shown = "\n  ".join(str(finding) for finding in result.findings[:20])
+        raise BrokenPromiseError(
+            f"expected every rollout of {options.run} to end exactly once and within its bound, found "
+            f"{len(result.findings)} violations:\n  {shown}"
+        )
+    if not options.json:
+        print("verified: every granted rollout is accounted for, none was trained twice, none beyond S")
+    return 0
+
+
+def replay(argv: list[str]) -> int:
+    from orz_async.cli_config import HELP, parse_config
+
+    if not HELP.isdisjoint(argv) or not argv:
+        print(REPLAY_USAGE)
+        return 0
+    source = Path(argv[0])
+    if not (source / "config.toml").is_file():
+        raise ConfigError(f"expected the folder of a run, found no {source}/config.toml; check the path")
+    default = ["--run-dir", f"{source.as_posix().rstrip('/')}-replay"]
+    # No generator is there to evaluate with. What comes later on the command line wins.
+    config = parse_config([str(source / "config.toml"), *default, *argv[1:], "--eval.every", "0"], prog="orz replay")
+    from orz_async.launcher.replay import replay as train
+
+    return train(source, config)
 
 
 def make_base(argv: list[str]) -> int:
@@ -230,6 +291,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "make-base": make_base,
     "demo": demo,
     "summary": summary,
+    "verify": verify,
+    "replay": replay,
     "export": export,
     "plan": plan,
     "sim": sim,

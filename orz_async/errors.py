@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     DISK = 9  # no space, or a write failed
     CHECKPOINT = 10  # no checkpoint can be loaded
     ENGINE = 11  # the inference engine died
+    BROKEN = 12  # a run does not keep what the ledger promises: orz verify
     INTERRUPTED = 130  # stopped by a signal before the run was complete, state saved
 
 
@@ -70,6 +71,10 @@ class CheckpointError(OrzError):
 
 class EngineError(OrzError):
     exit_code = ExitCode.ENGINE
+
+
+class BrokenPromiseError(OrzError):
+    exit_code = ExitCode.BROKEN
 
 
 class Interrupted(OrzError):

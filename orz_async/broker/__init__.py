@@ -28,6 +28,7 @@ What runs:
     leases.py        ledger terms -> leases with prompt, seed and sampling;  outbox.py  what is said, once journaled
     journal.py       accepted trajectories and decisions on disk;  segments.py  its files, and how to read them
     shelf.py         accepted trajectories that wait;  recovery.py  checkpoint + journal -> ledger
+    verify.py        `orz verify`, by checker.py: a second reading of the journal, sharing no code with the ledger
     words.py         what the learner waits for, in one line
 
 No torch here nor below.

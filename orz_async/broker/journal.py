@@ -7,6 +7,7 @@ when a power cut cannot lose it. (kill -9 of the process loses nothing that was 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -14,9 +15,20 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from orz_async.broker.segments import Record, encode_header, encode_record, name_of, run_of, scan, segment_files
+from orz_async.broker.segments import (
+    Record,
+    encode_header,
+    encode_record,
+    is_damaged,
+    name_of,
+    run_of,
+    scan,
+    segment_files,
+)
 from orz_async.config import JournalConfig
 from orz_async.errors import CheckpointError, ConfigError, DiskError
+
+log = logging.getLogger(__name__)
 
 _MB = 1 << 20
 _WRITE_BYTES = 64 << 10
@@ -53,8 +65,10 @@ class Journal:
         self._syncing: tuple[int, Future[None]] | None = None
         self._synced_at = self._checked_at = 0.0
 
-    def open(self, at_least: int = 0) -> None:
-        """Cut a torn tail off and begin a new segment. `at_least` is the index that a checkpoint knows of."""
+    def open(self, at_least: int = 0, keep_from: int = 0) -> None:
+        """Cut a torn tail off and begin a new segment. `at_least` is the index that a checkpoint knows of, `keep_from`
+        the first record that one needs: what lies before may have to go before there is space to begin.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._adopt()
@@ -63,7 +77,8 @@ class Journal:
                     f"expected the {at_least} journal records that the checkpoint knows of, {self.folder} has "
                     f"{self.next_index}; resume from an older checkpoint, or move the folder away and lose the rest"
                 )
-            self.next_index = self.durable = max(self.next_index, at_least)
+            self.next_index = self.durable = self._segment = max(self.next_index, at_least)
+            self.keep_from(keep_from)
             self._check_space()
             self._begin_segment()
         except OSError as error:
@@ -84,12 +99,30 @@ class Journal:
                 end = location.end
                 count += 1
             if count:
-                os.truncate(path, end)
+                self._cut(path, end)
                 self._sizes[first] = end
                 self.next_index = first + count
                 break
             path.unlink()
             del self._sizes[first]
+
+    def _cut(self, path: Path, end: int) -> None:
+        """Make the last whole record the end of the file. A torn write goes; what may be damage is kept beside it.
+
+        Records behind a damaged one were acknowledged and perhaps trained on. The checkpoint has seen none of what the
+        ledger no longer knows, so their rollouts are lent again; but nobody should lose the evidence without a word.
+        """
+        if path.stat().st_size > end and is_damaged(path, end):
+            aside = path.with_suffix(".damaged")
+            with path.open("rb") as file:
+                file.seek(end)
+                aside.write_bytes(file.read())
+            log.warning(
+                "%s: expected a torn write at most, found damage at byte %d; what lies behind it is in %s, and its "
+                "rollouts are generated again",
+                *(path, end, aside.name),
+            )
+        os.truncate(path, end)
 
     def _begin_segment(self) -> None:
         self._segment = self.next_index
@@ -148,7 +181,10 @@ class Journal:
         else:
             self._sync_aside(now)
         if self._segment_bytes >= self.config.segment_mb * _MB:
-            self._roll()
+            try:
+                self._roll()
+            except OSError as error:
+                raise _disk_error(self.folder, error) from error
 
     def sync(self) -> None:
         """Everything written is durable when this returns."""

@@ -25,6 +25,8 @@ class ResumePoint:
     snapshot: bytes
     version: int
     """Of the weights in the same checkpoint."""
+    older: tuple[bytes, ...] = ()
+    """Snapshots of the older checkpoints that are kept: the journal must go on serving them too."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -41,6 +43,7 @@ class Recovered:
     next_record: int
     """The least index the journal continues with."""
     oldest_record: int
+    """The journal may not lose this record, nor later ones: the oldest checkpoint that is kept needs them."""
     stored: dict[int, tuple[int, Location]]
     """Accepted trajectories that are not trained: journal index and place, by rollout."""
     restarted: Restarted
@@ -53,7 +56,7 @@ def recover(
     folder: Path, start: ResumePoint | None, epoch: int, config: LedgerConfig, prompt_id: Callable[[int], str]
 ) -> Recovered:
     """Without a checkpoint an existing journal is replayed from its beginning, else from the snapshot's position."""
-    snapshot = _decode(start) if start is not None else Snapshot(b"", 0, 0)
+    snapshot = _decode(start.snapshot) if start is not None else Snapshot(b"", 0, 0)
     book = frontier.load(snapshot.book, config, prompt_id) if start is not None else Book(config, prompt_id)
     if start is not None and book.version != start.version:
         raise CheckpointError(f"the checkpoint has weights of version {start.version}, its ledger {book.version}")
@@ -74,7 +77,9 @@ def recover(
     lost = [number for number, r in book.rollouts.items() if r.state in accepted and number not in stored]
     restarted = Restarted(epoch, tuple(lost))
     ended = book.restart(lost)
-    return Recovered(book, snapshot.next_record, snapshot.oldest_record, stored, restarted, ended)
+    older = [_decode(data) for data in start.older] if start is not None else []
+    oldest = min(saved.oldest_record for saved in (snapshot, *older))
+    return Recovered(book, snapshot.next_record, oldest, stored, restarted, ended)
 
 
 def _accept(book: Book, trajectory: Trajectory, *, replay: bool) -> bool:
@@ -87,8 +92,12 @@ def _accept(book: Book, trajectory: Trajectory, *, replay: bool) -> bool:
     return rollout is not None and rollout.attempt == trajectory.attempt and rollout.state is not State.LOST
 
 
-def _decode(start: ResumePoint) -> Snapshot:
+def _decode(data: bytes) -> Snapshot:
+    if not data:
+        raise CheckpointError(
+            "expected a checkpoint with a ledger, found one that was made by `orz replay`; continue it with that"
+        )
     try:
-        return msgspec.msgpack.decode(start.snapshot, type=Snapshot)
+        return msgspec.msgpack.decode(data, type=Snapshot)
     except msgspec.DecodeError as error:
         raise CheckpointError(f"the ledger's snapshot cannot be read: {error}; use an older checkpoint") from error

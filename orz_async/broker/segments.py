@@ -99,6 +99,33 @@ def scan(path: Path) -> Iterator[tuple[Location, bytes]]:
             position += _RECORD.size + length
 
 
+_SEARCHED = 4 << 20
+"""Bytes behind a broken record in which whole ones are looked for."""
+
+
+def is_damaged(path: Path, end: int) -> bool:
+    """Whether what follows the whole records, up to byte `end`, is more than the torn tail of a killed process.
+
+    A write that was cut short leaves the beginning of one record. Bytes that changed later leave a whole record with a
+    wrong checksum, or whole records behind the broken one.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        data = file.read(_SEARCHED)
+        rest = path.stat().st_size - end
+    if len(data) >= _RECORD.size and 0 < _RECORD.unpack_from(data)[0] <= rest - _RECORD.size:
+        return True
+    return any(_is_record(data, i) for i in range(1, len(data) - _RECORD.size))
+
+
+def _is_record(data: bytes, start: int) -> bool:
+    kind = start + _RECORD.size
+    if data[kind : kind + 1] not in (_TRAJECTORY, _ENTRY):
+        return False
+    length, crc = _RECORD.unpack_from(data, start)
+    return bool(0 < length <= len(data) - kind and crc32c(data[kind : kind + length]) == crc)
+
+
 def load(location: Location) -> Trajectory:
     """A trajectory that `records` has found before."""
     with location.path.open("rb") as file:

@@ -33,6 +33,9 @@ __all__ = ["Broker", "PromptSource", "ResumePoint"]
 
 T = TypeVar("T")
 
+_CALL_S = 300.0
+"""Patience with the broker's own thread: it answers in milliseconds, unless its disk hangs."""
+
 
 class _ClosedError(RuntimeError):
     """A call to a broker that does not run."""
@@ -130,8 +133,7 @@ class Broker:
         folder = self._run_dir / "journal"
         recovered = recover(folder, self._start, self._epoch, self._ledger_config, self._leases.prompt_id)
         self._journal = Journal(folder, run_hash(self._run_id), self._config.journal)
-        self._journal.open(recovered.next_record)
-        self._journal.keep_from(recovered.oldest_record)
+        self._journal.open(recovered.next_record, keep_from=recovered.oldest_record)
         self._journal.append(recovered.restarted)
         self._journal.write(time.monotonic())
         for rollout, cause in recovered.ended:
@@ -164,7 +166,13 @@ class Broker:
                 raise self._failure or _ClosedError("the broker is not running")
             self._service.inbox.put((function, answer))
             self._bell.send(b"")
-        result: T = answer.result()
+        try:
+            result: T = answer.result(timeout=_CALL_S)
+        except TimeoutError:
+            raise DiskError(
+                f"expected the broker's thread to answer, found it busy for {_CALL_S:g} s; is the disk of "
+                f"{self._run_dir}/journal still there? Resume when it is"
+            ) from None
         return result
 
     def take(self, step: int) -> list[Trajectory]:
@@ -238,10 +246,11 @@ class Broker:
                 with contextlib.suppress(_ClosedError):  # its thread may end by itself in between
                     self._call(lambda: self._service.stop(finished, reason))
         finally:
-            self._thread.join()
-            self._thread = None
-            self._bell.close(0)
-            self._context.term()
+            self._thread.join(timeout=_CALL_S)
+            hangs, self._thread = self._thread.is_alive(), None
+            if not hangs:  # else its sockets are still open, and ending the context would wait for them for ever
+                self._bell.close(0)
+                self._context.term()
 
 
 def _check_lag(batch: list[Trajectory], step: int, max_lag: int) -> None:

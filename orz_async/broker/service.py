@@ -7,6 +7,7 @@ clock  ────────────────────────�
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import time
@@ -47,6 +48,8 @@ from orz_async.broker.words import waiting_line
 from orz_async.observe.events import EventLog
 from orz_async.records import Trajectory
 
+log = logging.getLogger(__name__)
+
 _FRAMES_A_TURN = 256
 """So that a flood of frames delays a call of the learner by some milliseconds at most."""
 _NACKS_REPORTED = 100
@@ -54,6 +57,10 @@ _NACKS_REPORTED = 100
 _LEFT_REMEMBERED = 1000
 _REPORT_S = 0.1
 _GENERATORS_REPORTED = 4096
+_WAITING_S = 1.0
+"""A batch that is late by this much is reported, again and again, for the live view."""
+_LOGGED_S = 30.0
+"""The same in the process's log."""
 _GOODBYE_S = 2.0
 """Generators have so long to hang up at the end."""
 
@@ -100,6 +107,7 @@ class Service:
         self._left_at: dict[str, float] = {}
         self._report: Report | None = None
         self._reported = 0.0
+        self._wait_reported = self._wait_logged = 0.0
         self._stopping = False
         self._heartbeat_s = ledger.config.heartbeat_s
 
@@ -153,10 +161,23 @@ class Service:
     def _tick(self, now: float) -> None:
         self.apply(Tick())
         self.reception.sweep(self)
+        if self.ledger.wanted is not None:
+            self._report_wait(now)
         quiet = [c.name for c in self.switchboard.by_name.values() if now - c.sent >= 0.9 * self._heartbeat_s]
         announcements = self.reception.routes.announcements() if quiet else {}
         for name in quiet:
             self.switchboard.send(name, announcements[name], now)
+
+    def _report_wait(self, now: float) -> None:
+        """One line says what the learner waits for, from whom, since when."""
+        if now - self.last_progress < _WAITING_S or now - self._wait_reported < _WAITING_S:
+            return
+        self._wait_reported = now
+        line = self.waiting_for()
+        self.events.emit("waiting", text=line)
+        if now - max(self.last_progress, self._wait_logged) >= _LOGGED_S:
+            self._wait_logged = now
+            log.warning(line)
 
     # What the ledger decided.
 

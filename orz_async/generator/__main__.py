@@ -134,6 +134,7 @@ def address_of(options: argparse.Namespace) -> str:
     path = Path(options.run_dir) / "address"
     deadline = time.monotonic() + options.reconnect_s
     if not path.is_file():
+        print(f"waiting for a learner to write {path}, {options.reconnect_s:g} s at most", file=sys.stderr)
         preload()
     while not path.is_file():
         if time.monotonic() > deadline:

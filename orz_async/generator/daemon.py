@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,15 +24,18 @@ from orz_async.broker.messages import (
     ToGenerator,
     Welcome,
 )
-from orz_async.errors import EngineError, Interrupted, OrzError, WireError
+from orz_async.errors import EngineError, Interrupted, OrzError, PeerLostError, WireError
 from orz_async.generator.engine import ref_of
 from orz_async.generator.incoming import IncomingWeights
 from orz_async.generator.meter import Meter
 from orz_async.generator.ports import Client, Grader, MakeFetcher, MakeServing, Serving
 from orz_async.generator.workload import Workload
-from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.events import IDLE_PREFIX, EventLog, Timeline
+from orz_async.observe.process import dump_stacks
 from orz_async.weights.protocol import Snapshot
 from orz_async.weights.snapshot import blame
+
+log = logging.getLogger(__name__)
 
 _SOON_S = 0.002
 """Longest sleep while weights or a verdict are on their way: they do not wake the poll."""
@@ -39,6 +43,8 @@ _JOINING_S = 0.1
 """The same while nothing but a Welcome is expected, so that a signal is seen."""
 _SAME_REQUEST_S = 0.5
 """Signals closer than this are one: `timeout` and some shells send theirs to a process and to its group."""
+_SAID_S = 30.0
+"""A wait that lasts this long is said in the log, and again each time it has doubled."""
 _SILENT_HEARTBEATS = 3
 """After so many without a word the generator is said to wait for the learner, not for leases."""
 
@@ -94,6 +100,8 @@ class Daemon:
         self._epoch = -1
         self._weights: IncomingWeights | None = None
         """There from the first Welcome on, as the engine is."""
+        self._waits = ""
+        self._waits_since = self._waits_said = 0.0
         self._status_due = 0.0
         self._drain_until = 0.0
         self._stop_requests = 0
@@ -117,6 +125,8 @@ class Daemon:
                 while self._state is not State.LEFT:
                     self.step()
             except OrzError as error:
+                if isinstance(error, (PeerLostError, EngineError)):
+                    dump_stacks(error)
                 if self._state is not State.LEFT:
                     # Silence would tell the broker too, but later: this way the leases are granted again at once.
                     self._client.send(Leave(str(error)))
@@ -150,8 +160,23 @@ class Daemon:
     def _receive(self) -> None:
         state, timeout_s = self._pause()
         self._timeline.enter(state)
+        self._say_wait(state)
         for message in self._client.poll(timeout_s):
             self._handle(message)
+
+    def _say_wait(self, state: str) -> None:
+        """One line about a wait that lasts: what is awaited, from whom, since when. Its bound is in the client."""
+        now = self._clock()
+        if state != self._waits or not state.startswith(IDLE_PREFIX):
+            self._waits, self._waits_since, self._waits_said = state, now, now + _SAID_S
+        elif now >= self._waits_said:
+            self._waits_said = now + (now - self._waits_since)
+            what = state.removeprefix(IDLE_PREFIX)
+            heard = f"the learner was last heard {now - self._client.waiting_since:.1f} s ago"
+            line = f"waiting for {what} from the learner for {now - self._waits_since:.0f} s; {heard}"
+            if what == "weights" and self._weights is not None:
+                line = f"{self._weights.waiting_for()}; {heard}"
+            log.warning(line)
 
     def _pause(self) -> tuple[str, float]:
         """What this process waits for or does while it polls for messages, and for how long it may."""

@@ -16,6 +16,11 @@ class Limits:
     between a first and a second SIGTERM."""
     stop_s: float = 10.0
     """Between the second SIGTERM and SIGKILL of a generator."""
+    silent_note_s: float = 60.0
+    """A learner writes an event every second from a thread of its own. Silent for this long it is said to be, and asked
+    for its stacks (SIGUSR1)."""
+    silent_s: float = 900.0
+    """Silent for this long it hangs: it is killed and restarted like one that was killed by somebody else."""
     learner_restarts: int = 3
     """Restarts of a killed learner in a row without a finished step between them; then the run ends."""
     generator_restarts: int = 5

@@ -18,6 +18,7 @@ from orz_async.launcher.children import Child, adopt_orphans, children_of, kill_
 from orz_async.launcher.commands import Commands
 from orz_async.launcher.generators import Generators
 from orz_async.launcher.limits import Limits
+from orz_async.observe.history import LEARNER
 from orz_async.observe.live import View
 from orz_async.observe.process import read_records
 
@@ -83,7 +84,8 @@ class Supervisor:
         self._phase = Phase.RUNNING
         self._outcome = Outcome(ExitCode.INTERNAL, "")
         self._learner: Child | None = None
-        self._learner_due = 0.0
+        self._learner_due = self._learner_started = 0.0
+        self._silence_said = False
         self._restarts = 0
         self._steps_at_restart = -1
         self._address_file = run_dir / "address"
@@ -163,9 +165,29 @@ class Supervisor:
             if time.monotonic() >= self._learner_due:
                 self._address_mark = self._mark()
                 self._learner = Child(self._commands.learner, self._logs)
+                self._learner_started = time.time()
         elif (code := self._learner.poll()) is not None:
             kill_orphans(self._not_ours | self._generators.pids())
             self._learner_ended(self._learner, code)
+        else:
+            self._watch_silence(self._learner)
+
+    def _watch_silence(self, learner: Child) -> None:
+        """A frozen learner is a wait too: it is bounded, and what is awaited, from whom and since when is said."""
+        heard = self._view.history.processes.get(LEARNER)
+        if heard is None or heard.seen < self._learner_started:
+            return
+        quiet = time.time() - heard.seen
+        if quiet < self._limits.silent_note_s:
+            self._silence_said = False
+        elif quiet >= self._limits.silent_s:
+            self._view.note(f"the learner has written nothing for {quiet:.0f} s: killing it")
+            learner.kill()
+        elif not self._silence_said:
+            self._silence_said = True
+            learner.send_workers(signal.SIGUSR1)
+            since = f"no event for {quiet:.0f} s, killed and resumed after {self._limits.silent_s:g} s"
+            self._view.note(f"waiting for a sign of life from the learner (pid {learner.pid}): {since}; {learner.log}")
 
     def _learner_ended(self, learner: Child, code: int) -> None:
         records = read_records(self._logs, learner.command.name)

@@ -20,6 +20,7 @@ The way of one step through the folder::
     lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
     hf_directory.py, export.py               from and to a Hugging Face directory
+    replay.py                                the batches of a journal instead of a broker: `orz replay`
     services.py, signals.py                  what the loop needs from outside; how it is asked to stop
 
 Beside the axes of the package: ``M`` response tokens of a packed microbatch, ``R`` response tokens of the whole step in

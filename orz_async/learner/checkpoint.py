@@ -8,6 +8,7 @@ with the others. Tensors are safetensors, whole and under their Hugging Face nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -98,7 +99,7 @@ def save(trainer: Trainer, *, run_dir: Path, identity: Identity, ledger: bytes) 
             "free space and start the same command again"
         ) from error
     replace_file(root / "LATEST", f"{final.name}\n".encode())
-    _prune(root, trainer.config.checkpoint.keep)
+    _prune(root, trainer.config.checkpoint.keep, final)
     return final
 
 
@@ -167,11 +168,24 @@ def _aside(path: Path) -> Path:
     return path.rename(path.with_name(f".removing-{path.name}-{os.getpid()}"))
 
 
-def _prune(root: Path, keep: int) -> None:
-    for path in _newest_first(root)[keep:]:
+def _prune(root: Path, keep: int, newest: Path) -> None:
+    # A name beyond the newest is a damaged checkpoint that a resume has passed over: it takes no sound one's place.
+    for path in [path for path in _newest_first(root) if path.name <= newest.name][keep:]:
         _discard(path)
     for path in root.glob(".*ing-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def older_ledgers(found: Found) -> tuple[bytes, ...]:
+    """The ledgers of the sound checkpoints before this one: a later start may have to walk back to them."""
+    root = found.path.parent
+    ledgers = []
+    for path in _newest_first(root):
+        if path.name < found.path.name:
+            with contextlib.suppress(CheckpointError):
+                verify(path)
+                ledgers.append((path / _LEDGER).read_bytes())
+    return tuple(ledgers)
 
 
 def oldest_version(run_dir: Path) -> int:

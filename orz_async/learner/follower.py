@@ -10,12 +10,14 @@ from pathlib import Path
 import msgspec
 import torch
 
+from orz_async.errors import PeerLostError
 from orz_async.learner import checkpoint
 from orz_async.learner.durable import Identity
 from orz_async.learner.export import export
 from orz_async.learner.parallel import full_state
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import Timeline
+from orz_async.observe.process import dump_stacks
 from orz_async.records import Trajectory
 
 
@@ -45,8 +47,12 @@ def follow(trainer: Trainer, timeline: Timeline, *, run_dir: Path) -> None:
     """
     nobody = Identity(run_id="", epoch=0)
     while True:
-        with timeline.state("wait_rank0"):
-            kind, payload = trainer.world.receive()
+        try:
+            with timeline.state("wait_rank0"):
+                kind, payload = trainer.world.receive()
+        except PeerLostError as error:
+            dump_stacks(error)
+            raise
         match Command(kind):
             case Command.LEARN:
                 _learn(trainer, timeline, _decoder.decode(payload))

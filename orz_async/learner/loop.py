@@ -29,6 +29,7 @@ from orz_async.learner.parallel import full_state
 from orz_async.learner.report import evaluation_fields, step_fields
 from orz_async.learner.services import Services
 from orz_async.learner.trainer import Trainer
+from orz_async.observe.process import dump_stacks
 from orz_async.records import Trajectory
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Learner:
             self.save()
             self.trainer.world.send(Command.END)
             raise
-        except (PeerLostError, DiskError):
+        except (PeerLostError, DiskError) as error:
+            dump_stacks(error)
             self.trainer.world.send(Command.END)
             raise
         self.trainer.world.send(Command.END)

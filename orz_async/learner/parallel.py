@@ -39,6 +39,17 @@ class Message(NamedTuple):
     payload: bytes
 
 
+@contextmanager
+def _peers(rank: int, what: str) -> Iterator[None]:
+    """A collective that fails or times out (TIMEOUT_S) is a lost peer, said so."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed raises nothing narrower when a peer is gone
+        raise PeerLostError(
+            f"rank {rank} expected every rank to {what} within {TIMEOUT_S:g} s, found one gone: {error}"
+        ) from error
+
+
 class World:
     """This process among the ranks of one learner. Methods that say "all ranks" are called by all in the same order."""
 
@@ -85,20 +96,17 @@ class World:
         """Rank 0: give every other rank one message."""
         if self.size == 1:
             return
-        dist.broadcast(torch.tensor([kind, len(payload)]), src=0, group=self._control)
-        if payload:
-            # bytearray: torch warns about memory that is read-only, and copies nothing here either.
-            dist.broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8), src=0, group=self._control)
+        with _peers(self.rank, "take a message"):
+            dist.broadcast(torch.tensor([kind, len(payload)]), src=0, group=self._control)
+            if payload:
+                # bytearray: torch warns about memory that is read-only, and copies nothing here either.
+                dist.broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8), src=0, group=self._control)
 
     def receive(self) -> Message:
         """Other ranks: the next message, however long rank 0 waits before it sends one."""
         while True:
-            try:
+            with _peers(self.rank, "hear a message of rank 0"):
                 message = self._receive()
-            except RuntimeError as error:  # torch.distributed raises nothing narrower when a peer is gone
-                raise PeerLostError(
-                    f"rank {self.rank} expected a message from rank 0, found it gone: {error}"
-                ) from error
             if message.kind != KEEPALIVE:
                 return message
 
@@ -119,13 +127,13 @@ class World:
             yield
             return
         done = threading.Event()
-        lost: list[RuntimeError] = []
+        lost: list[PeerLostError] = []
 
         def tell() -> None:
             while not done.wait(period_s):
                 try:
                     self.send(KEEPALIVE)
-                except RuntimeError as error:  # torch.distributed raises nothing narrower when a peer is gone
+                except PeerLostError as error:
                     lost.append(error)
                     return
 
@@ -144,7 +152,8 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """All ranks: the sum over ranks, in place and equal on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
+            with _peers(self.rank, "add its part of a sum"):
+                dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
 
     def gather(self, vector: Tensor) -> list[Tensor]:
@@ -152,7 +161,8 @@ class World:
         if self.size == 1:
             return [vector]
         rows = [torch.empty_like(vector) for _ in range(self.size)]
-        dist.all_gather(rows, vector, group=self._control)
+        with _peers(self.rank, "give its part of a vector"):
+            dist.all_gather(rows, vector, group=self._control)
         return rows
 
     def shard(self, module: nn.Module, layers: nn.ModuleList, *, dtype: torch.dtype) -> None:

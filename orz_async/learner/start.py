@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,15 @@ from orz_async.weights.transport import bind_of, serve
 log = logging.getLogger(__name__)
 
 
-def start(config: Config) -> None:
-    """One rank of a run, from start or checkpoint to its end. All ranks see the same run_dir and model.path."""
+Outside = Callable[[Config, Trainer, Identity, EventLog, ResumePoint | None], AbstractContextManager[tuple[Any, Any]]]
+"""What the loop talks to, as a context: its rollouts and its weights (`services.py`)."""
+
+
+def start(config: Config, outside: Outside | None = None) -> None:
+    """One rank of a run, from start or checkpoint to its end. All ranks see the same run_dir and model.path.
+
+    `outside` replaces broker and weight stream: `replay.py` gives the batches of a journal.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(config.learner.threads)
     run_dir = Path(config.run_dir)
@@ -54,12 +62,12 @@ def start(config: Config) -> None:
         timeline.start()
         stack.callback(timeline.close)
         if world.is_first:
-            _lead(config, world, stop, events, timeline)
+            _lead(config, world, stop, events, timeline, outside or _outside)
         else:
             _follow(config, world, timeline)
 
 
-def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: Timeline) -> None:
+def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: Timeline, outside: Outside) -> None:
     """Rank 0: the broker, the weights and the decisions."""
     run_dir = Path(config.run_dir)
     found = checkpoint.find(run_dir)
@@ -76,12 +84,18 @@ def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: 
         resumed_step=trainer.num_steps if found else None,
         epoch=identity.epoch,
         notes=notes,
+        # What `orz verify` holds the run to.
+        ledger={
+            "rollouts_per_step": config.broker.rollouts_per_step,
+            "max_lag": config.broker.max_lag,
+            "window": config.broker.window,
+            "steps": config.steps,
+        },
     )
-    start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps)
+    start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps, checkpoint.older_ledgers(found))
     assert auditor is not None
-    with _outside(config, trainer, identity, events, start) as (broker, publisher):
-        replace_file(run_dir / "address", broker.address.encode())
-        services = Services(run_dir, identity, broker, publisher, events, timeline, stop)
+    with outside(config, trainer, identity, events, start) as (rollouts, weights):
+        services = Services(run_dir, identity, rollouts, weights, events, timeline, stop)
         Learner(config, trainer, auditor, services).run()
 
 
@@ -137,6 +151,7 @@ def _outside(
         )
         broker.start()
         try:
+            replace_file(Path(config.run_dir) / "address", broker.address.encode())
             yield broker, publisher
             finished, reason = True, "the run is complete"
         except OrzError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -55,6 +56,18 @@ def _bind_to_launcher() -> None:
             os.kill(int(launcher), 0)
         except ProcessLookupError:
             os._exit(ExitCode.INTERRUPTED)  # it died before the request above: nobody is left to tell
+
+
+def dump_stacks(error: OrzError) -> None:
+    """Where a wait was given up, and what every thread did at that moment, into the process's log.
+
+    For ends that nobody at the keyboard has caused: call it before anything is closed.
+    """
+    print(f"{type(error).__name__}: where it was raised, then what every thread does", file=sys.stderr)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # stderr may be closed
+        faulthandler.dump_traceback(file=2, all_threads=True)
 
 
 def explain(process: str, error: OrzError) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from orz_async.broker.segments import records
 from orz_async.broker.transitions import Granted
+from orz_async.broker.verify import verify
 from orz_async.config_toml import load
 from orz_async.records import Trajectory
 from tests.e2e import replay
@@ -49,6 +50,8 @@ def check_books(run: Run) -> None:
     assert last["granted"] == last["trained"] + expired + last["quarantined"] + last["in_flight"]
     assert [step["step"] for step in run.steps()] == list(range(STEPS))
     assert all(step["lag_max"] <= config.broker.max_lag for step in run.steps())
+    verified = verify(run.folder)
+    assert (verified.findings, verified.trained, verified.in_flight) == ([], last["trained"], 0)
     assert [len(batch) for batch in replay.batches(config, run.folder)] == [config.broker.rollouts_per_step] * STEPS
 
 

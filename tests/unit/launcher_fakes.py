@@ -48,7 +48,7 @@ def listen(run: Path) -> None:
 
 
 def learner(run: Path, behaviour: str) -> int:
-    """finish | typed | bug | die-once | die-then-typed | die-always | die-stepping | drain | stubborn |
+    """finish | freeze-once | typed | bug | die-once | die-then-typed | die-always | die-stepping | drain | stubborn |
     stubborn-with-helper | early-typed"""
     life = lives(run, "learner")
     if behaviour == "early-typed":
@@ -57,6 +57,9 @@ def learner(run: Path, behaviour: str) -> int:
     events.emit("run", run_id="r", resumed_step=life - 1, epoch=life)
     listen(run)
     wait("a generator", run / "working-g0")
+    if behaviour == "freeze-once" and life == 1:
+        (run / "working-g0").unlink()
+        os.kill(os.getpid(), signal.SIGSTOP)
     if behaviour == "typed" or (behaviour == "die-then-typed" and life == 2):
         raise NumericError("expected a finite loss, found nan; lower learner.lr")
     if behaviour == "bug":
@@ -120,6 +123,13 @@ def launcher(run: Path, learner_is: str, generator_is: str, count: int, limits: 
     from orz_async.launcher.supervisor import Supervisor
     from orz_async.observe.live import View
 
+    class Watched(View):
+        """Reads the events at every look, not only when it shows something."""
+
+        def update(self, *, force: bool = False) -> None:
+            self.read()
+            super().update(force=force)
+
     (run / "events").mkdir(parents=True, exist_ok=True)
     me = [sys.executable, __file__]
     if learner_is.startswith("real-torchrun-"):
@@ -133,7 +143,7 @@ def launcher(run: Path, learner_is: str, generator_is: str, count: int, limits: 
         Command(f"generator-g{i}", (*me, "generator", str(run), generator_is, f"g{i}"), env) for i in range(count)
     )
     commands = Commands(Command("learner", tuple(argv), env), 1, generators)
-    supervisor = Supervisor(commands, run, View(run, Config()), msgspec.json.decode(limits, type=Limits))
+    supervisor = Supervisor(commands, run, Watched(run, Config()), msgspec.json.decode(limits, type=Limits))
     outcome = supervisor.run()
     print(f"outcome {outcome.code} {outcome.message}", flush=True)
     return outcome.code

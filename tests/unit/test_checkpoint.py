@@ -100,6 +100,32 @@ def test_only_the_newest_are_kept(model: Path, tmp_path: Path) -> None:
     assert names == ["LATEST", "step-00000002", "step-00000003"]
 
 
+def test_a_damaged_newer_checkpoint_never_costs_the_sound_one(model: Path, tmp_path: Path) -> None:
+    config = kit.config(model, checkpoint={"keep": 1})
+    trainer = kit.trainer(config)
+    save(trainer, tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000009").mkdir()
+    train(trainer, 1)
+    save(trainer, tmp_path)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    assert not (folder / "step-00000000").exists()
+
+
+def test_the_ledgers_before_are_those_of_sound_checkpoints(model: Path, tmp_path: Path) -> None:
+    trainer = kit.trainer(kit.config(model, checkpoint={"keep": 3}))
+    for name in (b"one", b"two", b"three"):
+        train(trainer, 1)
+        save(trainer, tmp_path, name)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert checkpoint.older_ledgers(found) == (b"two", b"one")
+    flip(tmp_path / "checkpoints" / "step-00000002" / "ledger.bin")
+    assert checkpoint.older_ledgers(found) == (b"one",)
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

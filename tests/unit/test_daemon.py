@@ -537,6 +537,20 @@ def test_an_error_says_leave_and_is_raised() -> None:
     assert isinstance(rig.client.sent[-1], Leave) and rig.client.is_closed
 
 
+def test_a_wait_that_lasts_is_said_each_time_it_has_doubled(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig()
+    rig.serve()
+    began = rig.client.now
+    while rig.client.now < began + 29:
+        rig.say()
+    assert caplog.text == ""
+    while rig.client.now < began + 130:
+        rig.say()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.rpartition(" for ")[2].partition(" s;")[0] for line in said] == ["30", "60", "120"], said
+    assert said[0].startswith("waiting for leases from the learner")
+
+
 def test_an_idle_generator_sleeps_until_its_heartbeat() -> None:
     rig = Rig()
     rig.serve()

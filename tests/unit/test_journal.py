@@ -129,6 +129,40 @@ def test_damage_in_the_middle_is_noticed_and_spares_what_lies_behind(tmp_path: P
     assert contents(tmp_path, first=5) == [trajectory(1), trajectory(2)]
 
 
+def test_damage_at_the_end_is_kept_aside_and_a_torn_tail_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path, [*ENTRIES, trajectory(0)])
+    path = segment_files(tmp_path)[0][1]
+    whole = path.read_bytes()
+    second = next(place for index, _, place in records(tmp_path) if index == 1)
+    path.write_bytes(whole[: second.start + 3] + b"?" + whole[second.start + 4 :])
+    written(tmp_path, [])
+    assert contents(tmp_path) == ENTRIES[:1]
+    aside = path.with_suffix(".damaged")
+    assert path.read_bytes() + aside.read_bytes() == whole[: second.start + 3] + b"?" + whole[second.start + 4 :]
+    assert "generated again" in caplog.text
+
+    aside.unlink()
+    path.write_bytes(whole[:-5])
+    written(tmp_path, [])
+    assert contents(tmp_path) == ENTRIES
+    assert not aside.exists()
+
+
+def test_a_full_disk_at_a_new_segment_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = opened(tmp_path, segment_mb=1)
+    journal.append(trajectory(0, MEGABYTE + 64))
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "_begin_segment", full)
+    with pytest.raises(DiskError, match="No space left"):
+        journal.write(0.0)
+    assert list(read(tmp_path)) == [trajectory(0, MEGABYTE + 64)]
+
+
 def test_a_length_beyond_reason_allocates_nothing(tmp_path: Path) -> None:
     written(tmp_path, [trajectory(0)])
     with segment_files(tmp_path)[0][1].open("ab") as file:
@@ -165,6 +199,20 @@ def test_old_segments_go_only_when_space_is_short_and_no_checkpoint_needs_them(t
     journal.keep_from(4)
     assert [first for first, _ in segment_files(tmp_path)] == [2, 3, 4], "below the limit nothing more is deleted"
     journal.close()
+
+
+def test_a_journal_over_its_limit_opens_again_if_old_files_may_go(tmp_path: Path) -> None:
+    journal = opened(tmp_path, segment_mb=1, max_mb=9)
+    for rollout in range(4):
+        journal.append(trajectory(rollout, MEGABYTE + 64))
+        journal.write(0.0)
+    journal.close()
+    with pytest.raises(DiskError, match=r"journal\.max_mb allows 3"):
+        opened(tmp_path, segment_mb=1, max_mb=3)
+    journal = Journal(tmp_path, RUN, JournalConfig(fsync="none", min_free_mb=0, segment_mb=1, max_mb=3))
+    journal.open(keep_from=3)
+    journal.close()
+    assert [first for first, _ in segment_files(tmp_path)] == [2, 3, 4]
 
 
 def test_a_journal_that_may_not_grow_refuses_before_it_writes(tmp_path: Path) -> None:

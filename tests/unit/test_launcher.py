@@ -122,6 +122,15 @@ def test_a_killed_learner_is_restarted_and_generators_follow_it(launch: Launch) 
     assert (launched.run / "address-g0").read_text() == (launched.run / "address").read_text()
 
 
+def test_a_learner_that_freezes_is_asked_then_killed_and_resumed(launch: Launch) -> None:
+    launched = launch("freeze-once", silent_note_s=0.5, silent_s=2.0)
+    code, output = launched.end()
+    assert code == 0, output
+    assert launched.lives("learner") == 2
+    assert "waiting for a sign of life from the learner" in output
+    assert "killing it" in output
+
+
 def test_a_learner_that_is_killed_again_and_again_ends_the_run(launch: Launch) -> None:
     launched = launch("die-always", learner_restarts=2)
     code, output = launched.end()
