@@ -242,6 +242,20 @@ class JournalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObserveConfig:
+    """What is recorded beside the event log, and who else is told. Nothing here can hold or end training."""
+
+    sample_rollouts: int = 16
+    """Rollouts a step whose values, advantages, ratios and log-prob gaps are kept token by token; 0: none."""
+    sample_tokens: int = 16_384
+    """Response tokens a step kept for them: 16 bytes each, and one rollout more at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rollouts", "sample_tokens"):
+            _require(getattr(self, name) >= 0, f"observe.{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Everything that decides a run. The resolved value is saved as config.toml in the run's folder."""
 
@@ -259,6 +273,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from orz_async.learner.services import Services
 from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.tokens import TokenLog
 from orz_async.observe.versions import versions
 from orz_async.weights.protocol import Publisher
 from orz_async.weights.transport import bind_of, serve
@@ -81,8 +82,9 @@ def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: 
     assert auditor is not None
     with _outside(config, trainer, identity, events, start) as (broker, publisher):
         replace_file(run_dir / "address", broker.address.encode())
-        services = Services(run_dir, identity, broker, publisher, events, timeline, stop)
-        Learner(config, trainer, auditor, services).run()
+        with closing(TokenLog(run_dir / "tokens", identity.epoch)) as tokens:
+            services = Services(run_dir, identity, broker, publisher, events, timeline, stop, tokens)
+            Learner(config, trainer, auditor, services).run()
 
 
 def _follow(config: Config, world: World, timeline: Timeline) -> None:
