@@ -48,6 +48,7 @@ commands:
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
   summary RUN      compute and print the summary of a run from its event logs
   keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
+  report RUN...    one HTML page of a run, or of several side by side: curves, lag, time, rollouts
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
@@ -121,6 +122,29 @@ def summary(argv: list[str]) -> int:
     conclude(options.run, new_console(quiet=options.json))
     if options.json:
         print((options.run / "summary.json").read_text(), end="")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz report",
+        description="One self-contained HTML page of a run, or of several to compare them: is it learning, is it "
+        "on-policy enough, where does the time go, what did it write. Also of a run that is still going on.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
+    parser.add_argument("--json", action="store_true", help="print the numbers of the page instead of writing it")
+    options = parser.parse_args(argv)
+    from orz_async.report.page import report as write
+
+    out = options.out or options.runs[0] / "report.html"
+    numbers, told = write(options.runs, None if options.json else out)
+    if options.json:
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(numbers), indent=1).decode())
+    else:
+        print("\n".join(told))
     return 0
 
 
@@ -234,6 +258,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "sim": sim,
     "keys": keys,
+    "report": report,
     "version": version,
 }
 

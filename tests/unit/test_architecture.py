@@ -19,6 +19,7 @@ LAYERS = {
     "cli_config": 8,
     "cli_keys": 8,
     "recipes": 7,
+    "report": 6,
     "learner": 6,
     "generator": 6,
     "sim": 5,
