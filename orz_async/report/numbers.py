@@ -18,6 +18,8 @@ from orz_async.report.timeline import Timelines
 MOST_POINTS = 2000
 """Of a curve; a longer run is averaged over neighbouring steps."""
 MOST_INCIDENTS = 400
+RATE_S = 5.0
+"""Seconds that a rate looks back."""
 WINDOWS = 4
 """Parts of the run whose calibration is shown apart."""
 
@@ -163,18 +165,14 @@ class Fold:
     def _series(self, steps: list[Event], stride: int) -> dict[str, list[Any]]:
         tokens_at = _running_tokens(steps)
         sampled = [self._sampled_at.get(int(e["step"]), 0) for e in steps]
-        trained = [int(e.get("tokens_trained") or 0) for e in steps]
+        trained = [tokens_at[int(e["step"])] for e in steps]
         walls = [float(e["wall_s"]) for e in steps]
-        gaps = [after - before for before, after in zip([0.0, *walls], walls, strict=False)]
         columns: dict[str, list[Any]] = {
             "step": [int(e["step"]) + 1 for e in steps],
             "wall_s": walls,
             "tokens": [tokens_at[int(e["step"])] for e in steps],
-            "learner_tokens_s": [n / gap if gap > 0 else None for n, gap in zip(trained, gaps, strict=True)],
-            "generator_tokens_s": [
-                (after - before) / gap if gap > 0 and after >= before else None
-                for before, after, gap in zip([0, *sampled], sampled, gaps, strict=False)
-            ],
+            "learner_tokens_s": _rates(trained, walls),
+            "generator_tokens_s": _rates(sampled, walls),
         }
         columns |= {name: [_at(e, path) for e in steps] for name, path in SERIES.items()}
         last = {"step", "wall_s", "tokens"}
@@ -206,6 +204,21 @@ def _running_tokens(steps: list[Event]) -> dict[int, int]:
         total += int(event.get("tokens_trained") or 0)
         found[int(event["step"])] = total
     return found
+
+
+def _rates(totals: list[int], walls: list[float]) -> list[float | None]:
+    """Per second, at each step, over the steps of the last RATE_S seconds: generators report once a second only.
+
+    None where a count began anew, which it does when the learner resumes at an earlier step.
+    """
+    rates: list[float | None] = []
+    first = 0
+    for now, (total, wall) in enumerate(zip(totals, walls, strict=True)):
+        while first < now - 1 and walls[first + 1] <= wall - RATE_S:
+            first += 1
+        before, since = (totals[first], walls[first]) if now else (0, 0.0)
+        rates.append((total - before) / (wall - since) if wall > since and total >= before else None)
+    return rates
 
 
 def _thin(values: list[Any], stride: int, *, last: bool = False) -> list[Any]:

@@ -41,6 +41,7 @@ function buildFilters() {
     choice("lag", "Lag", distinct("lag").map((v) => [`${v}`, `${v}`])),
     range("reward", "Reward"), range("length", "Length"), range("step", "Step"),
     el("label", {}, values, " with values"), el("output", {id: "count"}));
+  filters.kind.value = (rows.kind || []).includes("train") ? "train" : "";
   form.oninput = () => filter();
   form.onsubmit = (event) => event.preventDefault();
 }
@@ -63,7 +64,7 @@ function filter() {
   browser.drawn.clear();
   document.getElementById("rows").replaceChildren(el("div", {class: "row head"}, ...["step", "reward", "verdict"].map((t) => el("span", {}, t)), ...["tokens", "lag"].map((t) => el("span", {class: "r"}, t))));
   drawRows();
-  select(chosen.length ? 0 : -1);
+  select(chosen.length ? Math.max(0, chosen.findIndex((n) => rows.values[n])) : -1);
 }
 function drawRows() {
   const list = document.getElementById("list"), box = document.getElementById("rows"), rows = index().rows;

@@ -13,7 +13,7 @@ const colour = (n) => css(`--c${n % 8}`);
 const plain = (x) => x === null || x === undefined ? "–" : Number.isInteger(x) && Math.abs(x) < 1e5 ? x.toLocaleString("en")
   : Math.abs(x) >= 1e9 ? `${+(x / 1e9).toPrecision(3)}G` : Math.abs(x) >= 1e6 ? `${+(x / 1e6).toPrecision(3)}M`
   : Math.abs(x) >= 1e4 ? `${+(x / 1e3).toPrecision(3)}k` : x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(1) : `${+x.toPrecision(3)}`;
-const percent = (x) => x === null || x === undefined ? "–" : `${+(x * 100).toFixed(Math.abs(x) < 0.1 ? 1 : 0)} %`;
+const percent = (x) => x === null || x === undefined ? "–" : `${+(x * 100).toFixed(Math.abs(x) < 0.1 ? 2 : 1)} %`;
 const bytes = (x) => x === null || x === undefined ? "–" : x >= 1e9 ? `${+(x / 1e9).toPrecision(3)} GB` : x >= 1e6 ? `${+(x / 1e6).toPrecision(3)} MB`
   : x >= 1e3 ? `${+(x / 1e3).toPrecision(3)} kB` : `${x} B`;
 const seconds = (x) => x === null || x === undefined ? "–" : x >= 100 ? clock(x) : x >= 1 ? `${+x.toPrecision(3)} s` : `${+(x * 1e3).toPrecision(3)} ms`;
@@ -82,7 +82,7 @@ class Chart {
       if (s.base) see(0);
     }
     if (this.data.log) { y0 = Math.log10(y0); y1 = Math.log10(y1); }
-    const pad = (y1 - y0) * 0.06 || Math.abs(y1) * 0.05 || 0.5;
+    const pad = (y1 - y0) * 0.06 || Math.abs(y1) * 0.05 || (this.format === percent ? 0.01 : 0.5);
     y0 = this.data.yMin ?? (this.data.bars || this.data.stacked ? 0 : y0 - pad); y1 = this.data.yMax ?? y1 + pad;
     if (this.data.bars) { x0 -= 0.5; x1 += 0.5; }
     if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
@@ -95,8 +95,10 @@ class Chart {
     this.canvas.width = Math.round(width * ratio); this.canvas.height = Math.round(height * ratio);
     const g = this.canvas.getContext("2d"), [x0, x1, y0, y1] = this.extent(), log = this.data.log;
     g.scale(ratio, ratio); g.font = `11px ${getComputedStyle(document.body).fontFamily}`;
-    const yTicks = log ? ticks(Math.ceil(y0), Math.floor(y1), 4).filter(Number.isInteger) : ticks(y0, y1, 4);
-    const yText = (t) => log ? `1e${t}` : this.format(t);
+    const whole = log ? ticks(Math.ceil(y0), Math.floor(y1), 4).filter(Number.isInteger) : [];
+    const yTicks = whole.length > 1 ? whole : ticks(y0, y1, 4), apart = yTicks[1] - yTicks[0];
+    const close = this.format === plain && !log && apart < 0.01 * Math.max(...yTicks.map(Math.abs)) && apart < 1;
+    const yText = (t) => log ? (whole.length > 1 ? `1e${t}` : plain(10 ** t)) : close ? t.toFixed(Math.ceil(-Math.log10(apart) + 0.3)) : this.format(t);
     const left = Math.max(24, ...yTicks.map((t) => g.measureText(yText(t)).width)) + 8, bottom = height - 22, top = 8, right = width - 6;
     const X = this.X = (x) => left + (x - x0) / (x1 - x0) * (right - left);
     const Y = (y) => bottom - ((log ? Math.log10(y) : y) - y0) / (y1 - y0) * (bottom - top);
@@ -136,9 +138,11 @@ class Chart {
     g.globalAlpha = s.faint ? 0.45 : 1; g.setLineDash(s.dash || []); g.beginPath();
     let open = false;
     s.x.forEach((x, i) => { if (!good(s.y[i])) { open = false; return; } open ? g.lineTo(X(x), Y(s.y[i])) : g.moveTo(X(x), Y(s.y[i])); open = true; });
-    g.stroke(); g.setLineDash([]); g.globalAlpha = 1;
+    if (!s.bare) g.stroke();
+    g.setLineDash([]); g.globalAlpha = s.faint ? 0.45 : 1;
     if (s.points || s.x.length === 1) s.x.forEach((x, i) => { if (!good(s.y[i])) return;
       g.beginPath(); g.arc(X(x), Y(s.y[i]), Math.min(9, s.sizes ? s.sizes[i] : 3), 0, 7); g.fill(); });
+    g.globalAlpha = 1;
   }
   hover(event) {
     const x = event.offsetX, rows = [];

@@ -56,8 +56,9 @@ function build() {
     return {stacked: true, yMin: 0, yMax: 1, series: stack(Object.fromEntries(names.map((n) => [n, v[n].map((c, i) => c / total(i))])), (name, i) => name === "correct" ? "--c2" : name === "wrong" ? "--c1" : `--c${i + 3}`)}; });
   line("learning-charts", "Explained variance of the critic", "1 is perfect, 0 no better than the mean", plain, () => ({yMax: 1.02, series: all("explained_variance", {label: "explained variance"}), guides: [0]}));
   line("learning-charts", "Calibration of the critic", "mean return by predicted value; on the diagonal is right", plain, () => ({yMin: -0.1, yMax: 1.1, diagonal: true, xFormat: plain, xLabel: "predicted value",
-    series: run().calibration.map((w, i, whole) => { const most = Math.max(...w.bins.map((b) => b.tokens)); return {label: w.first === w.last ? `step ${w.first}` : `steps ${w.first}–${w.last}`, colour: `--c${i}`, faint: i < whole.length - 1,
-      points: true, x: w.bins.map((b) => b.value), y: w.bins.map((b) => b.return), sizes: w.bins.map((b) => 2 + 4 * Math.sqrt(b.tokens / most)), note: w.bins.map((b) => `${plain(b.tokens)} tokens`)}; })}));
+    series: run().calibration.filter((_, i, whole) => i === 0 || i === whole.length - 1).map((w, i, whole) => { const most = Math.max(...w.bins.map((b) => b.tokens)); return {label: w.first === w.last ? `step ${w.first}` : `steps ${w.first}–${w.last}`, colour: `--c${i}`, faint: i < whole.length - 1,
+      bare: i < whole.length - 1, points: true, x: w.bins.map((b) => b.value), y: w.bins.map((b) => b.return), sizes: w.bins.map((b) => 2 + 4 * Math.sqrt(b.tokens / most)), note: w.bins.map((b) => `${plain(b.tokens)} tokens`)}; })}));
+  line("learning-charts", "Value and return", "means over the trained tokens", plain, () => ({series: [...all("value_mean", {label: "predicted value"}), ...(many() ? [] : all("return_mean", {label: "return", tone: 1}))]}));
   line("learning-charts", "Entropy", "of the policy, nats a token", plain, () => ({yMin: 0, series: all("entropy", {label: "entropy"})}));
   line("learning-charts", "Gradient norms", "before clipping", plain, () => ({yMin: 0, series: [...all("grad_norm", {label: "policy"}), ...(many() ? [] : all("critic_grad_norm", {label: "critic", tone: 1}))]}));
 
@@ -67,19 +68,20 @@ function build() {
   line("policy-charts", "Ratio by lag", "mean of current / sampled probability", plain, () => ({series: byLag("ratio"), guides: [1]}));
   line("policy-charts", "Outside the clip range by lag", "share of tokens, whatever their advantage", percent, () => ({yMin: 0, series: byLag("outside_clip")}));
   line("policy-charts", "Clipped", "share of tokens whose gradient a bound removed", percent, () => ({yMin: 0, series: [...all("clip_low", {label: "below"}), ...(many() ? [] : all("clip_high", {label: "above", tone: 1}))]}));
-  line("policy-charts", "Largest and smallest ratio", "of a step", plain, () => ({log: true, series: [...all("ratio_max", {label: "largest"}), ...(many() ? [] : all("ratio_min", {label: "smallest", tone: 1}))]}));
+  line("policy-charts", "Largest and smallest ratio", "of a step", plain, () => ({guides: [1], series: [...all("ratio_max", {label: "largest"}), ...(many() ? [] : all("ratio_min", {label: "smallest", tone: 1}))]}));
   line("policy-charts", "Mismatch by lag", "largest |learner − engine| log-prob under equal weights", plain, () => { const l = byLag("mismatch_max"); return {log: true, series: l.length ? l : all("mismatch_max", {label: "all lags"})}; });
-  line("policy-charts", "KL and effective sample size", "KL (k3) to the sampling policy", plain, () => ({yMin: 0, series: all("kl", {label: "KL"})}));
+  line("policy-charts", "KL divergence", "k3 estimate, from the sampling policy to the current one", plain, () => ({yMin: 0, series: all("kl", {label: "KL"})}));
+  line("policy-charts", "Effective sample size", "of the ratios, as a share of the tokens", percent, () => ({series: all("ess", {label: "share"})}));
 
   line("time-charts", "Tokens a second", "sampled by the generators, trained by the learner", plain, () => ({yMin: 0, series: [...all("learner_tokens_s", {label: "learner"}), ...(many() ? [] : all("generator_tokens_s", {label: "generators", tone: 1}))]}));
   line("time-charts", "A step of the learner", "seconds by what it did", seconds, () => { const names = Object.keys(run().step_seconds), tone = stepTones(names); return {stacked: true, series: stack(run().step_seconds, (name) => tone[name])}; });
-  line("time-charts", "Weight sync, bytes", "that travelled to a generator, mean and largest", bytes, () => weightSeries({bytes_mean: "mean", bytes_max: "largest"}, true));
+  line("time-charts", "Weight sync, bytes", "that travelled to a generator, mean and largest", bytes, () => weightSeries({bytes_mean: "mean", bytes_max: "largest"}));
   line("time-charts", "Weight sync, seconds", "publishing holds the learner, a swap its generator", seconds, () => weightSeries({publish_s: "publish", fetch_s_max: "fetch, slowest", swap_s_max: "swap, slowest"}));
 }
 const stepTones = (names) => { let n = 0; const found = {}, idle = tones(names); for (const name of names) found[name] = name.startsWith("wait_") ? idle[name] : ["--c0", "--c6", "--c2", "--work", "--work2", "--c7", "--work3"][n++ % 7]; return found; };
-function weightSeries(names, fromZero) {
+function weightSeries(names) {
   const rows = run().weights.filter((w) => w.version > 0 || run().weights.length === 1);
-  return {yMin: fromZero || true ? 0 : undefined, xFormat: plain, xLabel: "version", series: Object.entries(names).map(([key, label], i) => ({label, colour: `--c${i}`, x: rows.map((w) => w.version), y: rows.map((w) => w[key]), note: undefined}))};
+  return {yMin: 0, xFormat: plain, xLabel: "version", series: Object.entries(names).map(([key, label], i) => ({label, colour: `--c${i}`, x: rows.map((w) => w.version), y: rows.map((w) => w[key])}))};
 }
 
 function timeline() {
