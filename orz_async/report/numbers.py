@@ -62,7 +62,7 @@ def number(value: object) -> float | int | None:
     """A finite number with seven significant digits, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return value if isinstance(value, int) else float(f"{value:.7g}")
+    return int(value) if value == int(value) else float(f"{value:.7g}")
 
 
 def _at(event: Event, path: tuple[str, ...]) -> object:

@@ -120,6 +120,7 @@ class Chromium:
     def open(self, path: Path) -> float:
         """Load a file and wait until the page says that it is drawn; returns the seconds that took."""
         started = time.monotonic()
+        self.requests.clear()
         self._call("Page.navigate", url=path.absolute().as_uri())
         self.wait("document.documentElement?.dataset.ready === 'yes'")
         return time.monotonic() - started
