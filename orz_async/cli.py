@@ -49,6 +49,8 @@ commands:
   summary RUN      compute and print the summary of a run from its event logs
   keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
   report RUN...    one HTML page of a run, or of several side by side: curves, lag, time, rollouts
+  top RUN          watch a run in the terminal, whoever started it
+  trace RUN        the timeline of a run for ui.perfetto.dev
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
@@ -145,6 +147,37 @@ def report(argv: list[str]) -> int:
         print(msgspec.json.format(msgspec.json.encode(numbers), indent=1).decode())
     else:
         print("\n".join(told))
+    return 0
+
+
+def top(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz top", description="Watch a run in the terminal, from its event logs. Ctrl-C ends the view, not the run."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--once", action="store_true", help="print the present state and end")
+    options = parser.parse_args(argv)
+    if not (options.run / "config.toml").exists():
+        raise ConfigError(f"expected the folder of a run, found no {options.run}/config.toml; check the path")
+    from orz_async.config_toml import load
+    from orz_async.observe.live import new_console
+    from orz_async.observe.top import top as show
+
+    show(options.run, load(options.run / "config.toml"), new_console(), once=options.once)
+    return 0
+
+
+def trace(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz trace", description="The timeline of a run as a trace for ui.perfetto.dev or chrome://tracing."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--out", type=Path, help="file to write (default: RUN/trace.json.gz)")
+    options = parser.parse_args(argv)
+    from orz_async.report.trace import write_trace
+
+    out = options.out or options.run / "trace.json.gz"
+    print(f"{out}: {write_trace(options.run, out):,} events; open it in https://ui.perfetto.dev, which keeps it local")
     return 0
 
 
@@ -259,6 +292,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sim": sim,
     "keys": keys,
     "report": report,
+    "top": top,
+    "trace": trace,
     "version": version,
 }
 

@@ -126,7 +126,7 @@ class Timeline:
         now = self._clock()
         spent = now - self._mark
         self._pending[self._state] = self._pending.get(self._state, 0.0) + spent
-        if len(self._spans) <= MAX_SPANS:
+        if spent > 0 and len(self._spans) <= MAX_SPANS:
             self._spans.append((self._state, round(spent, 6)))
         self._mark = now
 
