@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from orz_async.errors import ConfigError
+from orz_async.errors import ConfigError, ExitCode
 from orz_async.observe.process import run_main
 from orz_async.observe.progress import Progress
 from orz_async.observe.versions import versions
@@ -44,6 +44,8 @@ Asynchronous PPO with a critic for reasoning RL.
 
 commands:
   run RECIPE       train: learner, generators, live view, summary (orz run --help lists every setting)
+  init DIR         write a commented recipe and task files for your own problems
+  doctor           check the machine and the installation, and say what to do
   make-base        make the tiny base model and its task, on CPU in a minute or two
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
   summary RUN      compute and print the summary of a run from its event logs
@@ -181,6 +183,52 @@ def trace(argv: list[str]) -> int:
     return 0
 
 
+def doctor(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz doctor",
+        description="Check this machine and this installation, and say what to do. Exit code 2 if "
+        "something must be mended before anything can be trained.",
+    )
+    parser.parse_args(argv)
+    from rich.table import Table
+    from rich.text import Text
+
+    from orz_async.doctor import examine
+    from orz_async.observe.live import new_console
+
+    findings = examine()
+    marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        word, style = marks[finding.state]
+        found = Text(finding.found)
+        if finding.advice:
+            found.append(f"  -> {finding.advice}", style="dim")
+        table.add_row(Text(word, style=style), Text(finding.name, style="cyan"), found)
+    new_console().print(table)
+    failed = [finding.name for finding in findings if finding.state == "fail"]
+    print(f"to be mended: {', '.join(failed)}" if failed else "ready to train")
+    return int(ExitCode.CONFIG) if failed else 0
+
+
+def init(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz init",
+        description="Write a commented recipe and two small task files, to be replaced by your own. It runs as it is.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write into")
+    parser.add_argument("--model", type=Path, default=BASE / "model", help="model directory (default: %(default)s)")
+    options = parser.parse_args(argv)
+    from orz_async.starter import write_starter
+
+    for path in write_starter(options.folder, options.model):
+        print(path)
+    if not options.model.exists():
+        print(f"{options.model} is not there yet: `orz make-base` makes it, --model names another one")
+    print(f"next: put your problems into train.jsonl and heldout.jsonl, then `orz run {options.folder}/recipe.toml`")
+    return 0
+
+
 def make_base(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "orz make-base", description="Train the demo's base model from scratch and write it with its problems."
@@ -291,6 +339,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "sim": sim,
     "keys": keys,
+    "doctor": doctor,
+    "init": init,
     "report": report,
     "top": top,
     "trace": trace,

@@ -34,8 +34,8 @@ MOST_WALKED = 32 << 30
 
 CHANNELS = ("value", "advantage", "log_ratio", "gap", "logprob")
 _HEAD = struct.Struct("<II")
-_SIZES = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
-_KINDS: dict[bytes, Kind] = {b"\xa5train": "train", b"\xa4eval": "eval"}
+_WIDTHS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
+"""Bytes after the tag of an unsigned number in MessagePack; a smaller tag is the number itself."""
 
 
 class Found(NamedTuple):
@@ -55,7 +55,7 @@ def lot(kind: Kind, rollout: int) -> int:
 class Sample:
     """What was found, and how much there was."""
 
-    found: dict[tuple[Kind, int], Found] = field(default_factory=dict)
+    found: dict[Kind, dict[int, Found]] = field(default_factory=lambda: {"train": {}, "eval": {}})
     steps: dict[int, int] = field(default_factory=dict)
     """By training rollout of `found`: the step that took it."""
     accepted: int = 0
@@ -75,73 +75,69 @@ def walk(folder: Path, wanted: frozenset[int], most: int, sample: Sample) -> Non
     sample.segments, others = len(files), _Lottery(most)
     for _, path in files[::stride]:
         sample.walked += 1
-        for item in _peek(path, sample):
-            if isinstance(item, Taken):
-                held = sample.found
-                sample.steps.update((n, item.step) for n in item.rollouts if ("train", n) in held)
-                continue
-            sample.accepted += 1
-            if item.kind == "train" and item.rollout in wanted:
-                sample.found[item.kind, item.rollout] = item
-            else:
-                others.offer(item, sample.found)
+        _walk_segment(path, wanted, others, sample)
 
 
 class _Lottery:
     """Keeps the `most` found with the smallest lots; who is pushed out is forgotten."""
 
     def __init__(self, most: int) -> None:
+        self.limit = (1 << 32) - 1 if most else -1
+        """A larger lot would be pushed out at once."""
         self._most = most
         self._held: list[tuple[int, Kind, int]] = []
 
-    def offer(self, item: Found, found: dict[tuple[Kind, int], Found]) -> None:
-        key, number = (item.kind, item.rollout), -lot(item.kind, item.rollout)
-        if key in found:
-            found[key] = item  # accepted again after a restart that had lost it
-        elif len(self._held) < self._most:
-            heapq.heappush(self._held, (number, *key))
-            found[key] = item
-        elif self._held and number > self._held[0][0]:
-            _, kind, rollout = heapq.heappushpop(self._held, (number, *key))
-            del found[kind, rollout]
-            found[key] = item
+    def offer(self, item: Found, found: dict[Kind, dict[int, Found]]) -> None:
+        kind, rollout, _ = item
+        number = -lot(kind, rollout)
+        if rollout in found[kind]:
+            found[kind][rollout] = item  # accepted again after a restart that had lost it
+            return
+        found[kind][rollout] = item
+        heapq.heappush(self._held, (number, kind, rollout))
+        if len(self._held) > self._most:
+            _, kind, rollout = heapq.heappop(self._held)
+            del found[kind][rollout]
+        if len(self._held) == self._most:
+            self.limit = -self._held[0][0]
 
 
-def _peek(path: Path, sample: Sample) -> Iterator[Found | Taken]:
-    """Kind, number and place of each trajectory of a segment, and the batches taken; ends where it is torn."""
+def _walk_segment(path: Path, wanted: frozenset[int], others: _Lottery, sample: Sample) -> None:
+    """Looks at kind and number of each record, a few dozen bytes; ends where the file is torn."""
     if run_of(path) is None:
         sample.damaged.append(path.name)
         return
+    found, training, accepted = sample.found, sample.found["train"], 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         position, end, unpack = HEADER_BYTES, len(data), _HEAD.unpack_from
         while position + 8 <= end:
-            length, _ = unpack(data, position)
-            body = position + 8
+            length, body = unpack(data, position)[0], position + 8
             position = body + length
             if not 0 < length <= MAX_BODY or position > end:
                 sample.damaged.append(path.name)
-                return
-            if data[body] == 1:
-                if (head := _head(data[body + 2 : body + 17])) is not None:
-                    yield Found(*head, Location(path, body, length))
+                break
+            if data[body] == 1 and length > 16:
+                accepted += 1
+                kind, rollout = _head(data, body + 2)
+                if kind == "train" and rollout in wanted:
+                    training[rollout] = Found(kind, rollout, Location(path, body, length))
+                elif lot(kind, rollout) <= others.limit:
+                    others.offer(Found(kind, rollout, Location(path, body, length)), found)
             elif data[body + 2 : body + 8] == b"\xa5Taken":
                 record = decode_body(data[body:position])
                 if isinstance(record, Taken):
-                    yield record
+                    sample.steps.update(dict.fromkeys(training.keys() & record.rollouts, record.step))
+    sample.accepted += accepted
 
 
-def _head(data: bytes) -> tuple[Kind, int] | None:
-    """The first two fields of a trajectory, from its MessagePack."""
-    size = 6 if data[0] == 0xA5 else 5
-    kind = _KINDS.get(data[:size])
-    if kind is None:
-        return None
-    tag = data[size]
-    if tag < 0x80:
-        return kind, tag
-    if tag not in _SIZES:
-        return None
-    return kind, int(struct.unpack_from(_SIZES[tag], data, size + 1)[0])
+def _head(data: mmap.mmap, at: int) -> tuple[Kind, int]:
+    """The first two fields of a trajectory in its MessagePack: "train" or "eval", and a number of up to 64 bits."""
+    kind: Kind = "train" if data[at] == 0xA5 else "eval"
+    at += 6 if kind == "train" else 5
+    tag = data[at]
+    if tag == 0xCE:
+        return kind, int.from_bytes(data[at + 1 : at + 5], "big")
+    return kind, int.from_bytes(data[at + 1 : at + 1 + _WIDTHS[tag]], "big") if tag in _WIDTHS else tag
 
 
 def choose(run_dir: Path, granted: int, model_path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
@@ -151,18 +147,19 @@ def choose(run_dir: Path, granted: int, model_path: Path, *, most_bytes: int = M
     wanted = frozenset(n for n in by_step if lot("train", n) < threshold)
     sample = Sample()
     walk(run_dir / "journal", wanted, MOST_ROLLOUTS - min(len(wanted), MOST_ROLLOUTS // 2), sample)
-    sample.steps |= {n: step for n, step in by_step.items() if ("train", n) in sample.found}
+    sample.steps |= {n: step for n, step in by_step.items() if n in sample.found["train"]}
     columns = {
         rollout: arrays
         for tokens in read_tokens(run_dir / "tokens")
         for rollout, arrays in _columns(tokens)
-        if ("train", rollout) in sample.found and rollout in wanted
+        if rollout in sample.found["train"] and rollout in wanted
     }
     pieces = Pieces(model_path)
     shown: list[tuple[dict[str, Any], str]] = []
     spent = 0
     # Those with values and those without take turns, so that both are a fair sample whatever the bytes allow.
-    order = sorted(sample.found.values(), key=lambda found: lot(found.kind, found.rollout))
+    every = [found for kind in sample.found.values() for found in kind.values()]
+    order = sorted(every, key=lambda found: lot(found.kind, found.rollout))
     for found in order:
         trajectory = _load(found.location, sample)
         if trajectory is None:
@@ -236,12 +233,12 @@ def _body(trajectory: Trajectory, columns: dict[str, NDArray[np.float32]] | None
     return msgspec.json.encode(body).decode()
 
 
-def half(values: NDArray[np.float32]) -> list[Any]:
+def half(values: NDArray[Any]) -> list[Any]:
     """[scale, base64]: numbers as whole multiples of scale in 16 bits; off by 1.5e-5 of the largest at most.
 
     -32768 stands for not-a-number.
     """
-    finite = np.isfinite(values)
+    values, finite = values.astype(np.float64), np.isfinite(values)
     scale = float(np.abs(values[finite]).max(initial=0.0)) / 32767 or 1.0
     scaled = np.where(finite, np.rint(np.where(finite, values, 0.0) / scale), -32768).astype("<i2")
     return [scale, base64.b64encode(scaled.tobytes()).decode()]

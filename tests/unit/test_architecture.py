@@ -16,6 +16,8 @@ PACKAGE = ROOT / "orz_async"
 LAYERS = {
     "cli": 10,
     "launcher": 9,
+    "doctor": 9,
+    "starter": 9,
     "cli_config": 8,
     "cli_keys": 8,
     "recipes": 7,
