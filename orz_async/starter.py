@@ -26,7 +26,7 @@ dtype = "float32"          # "bfloat16" on a GPU
 train = {train}
 heldout = {heldout}        # evaluated every eval.every steps, and kept out of training; "" for none
 template = {template}      # "orz": for base models; "chat": the tokenizer's own; "plain": the text as it is
-max_prompt_tokens = 512    # longer prompts are left out, and counted
+max_prompt_tokens = 256    # longer prompts are left out, and counted
 
 [sampling]
 temperature = 1.0          # what is sampled is what is trained on: leave it at 1 unless you know why

@@ -30,6 +30,7 @@ from orz_async.learner.services import Services
 from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.sinks.process import sinks
 from orz_async.observe.tokens import TokenLog
 from orz_async.observe.versions import versions
 from orz_async.weights.protocol import Publisher
@@ -80,7 +81,10 @@ def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: 
     )
     start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps)
     assert auditor is not None
-    with _outside(config, trainer, identity, events, start) as (broker, publisher):
+    with (
+        sinks(config.observe, run_dir, events),
+        _outside(config, trainer, identity, events, start) as (broker, publisher),
+    ):
         replace_file(run_dir / "address", broker.address.encode())
         with closing(TokenLog(run_dir / "tokens", identity.epoch)) as tokens:
             services = Services(run_dir, identity, broker, publisher, events, timeline, stop, tokens)

@@ -11,6 +11,7 @@ produces  RUN/events/<process>.jsonl, and from these files alone: live view, RUN
     live.py      the live view of `orz run`, top.py the larger one of `orz top`; words.py what they say
     progress.py  a single piece of work
     clocks.py    one clock for the events of all processes
+    sinks/       the same numbers to TensorBoard, Weights & Biases, trackio and Prometheus
     tokens.py    values, advantages, ratios and gaps of a few rollouts, token by token
 
 Nothing here imports torch, and nothing here may stop a run: a full disk costs events, never training.

@@ -86,7 +86,7 @@ class Fold:
         self._sampled_at: dict[int, int] = {}
         """By step: tokens all generators had sampled at its end."""
         self._incidents: list[Event] = []
-        self._expired: Counter[str] = Counter()
+        self._sinks: dict[str, Event] = {}
         self._kinds: Counter[str] = Counter()
         self.dropped = 0
 
@@ -113,8 +113,8 @@ class Fold:
             self._published[int(event["version"])] = event
         elif kind == "step" and name == LEARNER:
             self._sampled_at[int(event["step"])] = self._sampled_total
-        elif kind == "expired":
-            self._expired[str(event.get("cause"))] += 1
+        elif kind == "sink":
+            self._sinks[str(event.get("name"))] = event
         if kind in _INCIDENTS and len(self._incidents) < MOST_INCIDENTS:
             told = {
                 k: v for k, v in event.items() if k not in ("v", "m", "versions") and isinstance(v, str | int | float)
@@ -130,6 +130,10 @@ class Fold:
             notes.append(f"curves are means over {stride} neighbouring steps of {len(steps):,}")
         if self.dropped:
             notes.append(f"{self.dropped:,} events were lost because the disk refused them")
+        for sink, event in self._sinks.items():
+            if event.get("dropped") or event.get("failure"):
+                why = f" ({event['failure']})" if event.get("failure") else ""
+                notes.append(f"{int(event.get('dropped') or 0):,} points were not delivered to {sink}{why}")
         timeline = self.timelines.result()
         if len(timeline["processes"]) < timeline["num_processes"]:
             notes.append(f"the timeline shows {len(timeline['processes'])} of {timeline['num_processes']} processes")
