@@ -140,7 +140,8 @@ class Chart {
     s.x.forEach((x, i) => { if (!good(s.y[i])) { open = false; return; } open ? g.lineTo(X(x), Y(s.y[i])) : g.moveTo(X(x), Y(s.y[i])); open = true; });
     if (!s.bare) g.stroke();
     g.setLineDash([]); g.globalAlpha = s.faint ? 0.45 : 1;
-    if (s.points || s.x.length === 1) s.x.forEach((x, i) => { if (!good(s.y[i])) return;
+    const alone = (i) => !good(s.y[i - 1]) && !good(s.y[i + 1]); // a line would leave it out
+    s.x.forEach((x, i) => { if (!good(s.y[i]) || !(s.points || alone(i))) return;
       g.beginPath(); g.arc(X(x), Y(s.y[i]), Math.min(9, s.sizes ? s.sizes[i] : 3), 0, 7); g.fill(); });
     g.globalAlpha = 1;
   }
