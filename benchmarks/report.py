@@ -6,6 +6,7 @@ Alone among the parts it writes gigabytes: `python -m benchmarks.run report`. Th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,5 +50,5 @@ def run(repeats: int = 3) -> list[Row]:
             write_run(path, steps=steps, prompts=prompts, samples=samples, generators=8)
             figures = [measure(path, Path(folder) / "report.html") for _ in range(repeats)]
         for unit, values in zip(("s", "cpu s", "MiB", "MB page"), zip(*figures, strict=True), strict=True):
-            rows.append(row("report", name, unit, list(values)))
+            rows.append(row("report", name, unit, list(values), load_average=os.getloadavg()[0]))
     return rows

@@ -1,11 +1,8 @@
 """`python -m benchmarks.run SUITE [--out FILE] [--check]`: measure, print a table, write a result file.
 
-cpu   the numeric ops, weights, engines and the learner's step on this machine's cores
-gpu   the kernels on a CUDA device, against float64 and their peers
-wire  trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
-async the same run at S = 0 and S = 1, side by side (minutes)
 cpu     the numeric ops, weights, engines and the learner's step on this machine's cores
 gpu     the kernels on a CUDA device, against float64 and their peers
+wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async   the same run at S = 0 and S = 1, side by side (minutes)
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
 all     every suite but gpu, one after the other
@@ -25,6 +22,7 @@ from benchmarks.protocol import Row, cpu_name, save, table
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_ops", "weights", "engines", "learner_step"),
+    "wire": ("wire",),
     "async": ("overlap",),
     "report": ("report",),
 }
@@ -56,8 +54,6 @@ def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async"])
-    parser.add_argument("--only", nargs="*", default=[], help=f"parts of the cpu suite: {', '.join(CPU_PARTS)}")
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "gpu", "all"])
     parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
@@ -72,14 +68,6 @@ def main() -> None:
     elif options.suite == "gpu":
         problems: int = importlib.import_module("benchmarks.gpu_ops").run(options.out, options.dry_run)
         raise SystemExit(1 if problems else 0)
-    elif options.suite in ("async", "wire"):
-        rows = importlib.import_module({"async": "benchmarks.overlap", "wire": "benchmarks.wire"}[options.suite]).run()
-        print(table(rows))
-        print(save(options.suite, rows, device=cpu_name(), out=options.out))
-    elif options.suite == "cpu":
-        print(save("cpu", cpu(options.only), device=cpu_name(), out=options.out))
-    else:
-        parser.error("name a suite: cpu, gpu, wire or async")
     else:
         suites = list(SUITES) if options.suite == "all" else [options.suite]
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:

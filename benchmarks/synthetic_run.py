@@ -173,7 +173,8 @@ class _Journal:
             self._file.close()
             self._file = (self._folder / name_of(self._index)).open("wb")
             self._written = self._file.write(encode_header(b"r" * 16, self._index))
-        self._written += self._file.write(encode_record(record))
+        for part in encode_record(record):
+            self._written += self._file.write(part)
         self._index += 1
 
     def close(self) -> None:
