@@ -96,6 +96,7 @@ def test_leaves_import_nothing_of_ours() -> None:
         "orz_async.cli",
         "orz_async.launcher",
         "orz_async.observe.events",
+        "orz_async.report.page",
         "orz_async.broker.server",
         "orz_async.sim.command",
         "orz_async.sim.plan_command",
