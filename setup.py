@@ -61,5 +61,5 @@ setup(
     packages=find_packages(".", include=["orz_async", "orz_async.*"])
     + find_packages("kernels", include=["orz_kernels", "orz_kernels.*"]),
     package_dir={"orz_async": "orz_async", "orz_kernels": "kernels/orz_kernels"},
-    package_data={"orz_async": ["*.pyi", "py.typed"]},
+    package_data={"orz_async": ["*.pyi", "py.typed", "report/assets/*"]},
 )

@@ -1,30 +1,40 @@
-"""`python -m benchmarks.run SUITE [--out FILE]`: measure, print a table, write a result file.
+"""`python -m benchmarks.run SUITE [--out FILE] [--check]`: measure, print a table, write a result file.
 
-cpu   the numeric ops, weights, engines and the learner's step on this machine's cores
-gpu   the kernels on a CUDA device, against float64 and their peers
-wire  trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
-async the same run at S = 0 and S = 1, side by side (minutes)
-weights  the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
+cpu     the numeric ops, engines and the learner's step on this machine's cores
+gpu     the kernels on a CUDA device, against float64 and their peers
+wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
+async   the same run at S = 0 and S = 1, side by side (minutes)
+weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
+report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
+all     every suite but gpu, one after the other
 
-`--compare A B` prints the rows two result files share, and their ratio.
+`--compare A B` prints the rows two result files share, and their ratio. `--check` compares with the last committed
+result of the same kind of machine, and ends with 1 where something became worse beyond the spread of both.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from pathlib import Path
 
+from benchmarks.compare import check, read, render
 from benchmarks.protocol import Row, cpu_name, save, table
 
-CPU_PARTS = ("cpu_ops", "weights", "engines", "learner_step")
+SUITES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu_ops", "engines", "learner_step"),
+    "wire": ("wire",),
+    "async": ("overlap",),
+    "weights": ("weights",),
+    "report": ("report",),
+}
+"""Suite -> its parts: modules of this folder with `run() -> list[Row]`. The suite gpu has a command of its own."""
 
 
-def cpu(only: list[str]) -> list[Row]:
-    """Every part in turn; a part is a module with `run() -> list[Row]`."""
+def measure(suite: str, only: list[str]) -> list[Row]:
+    """Every part in turn."""
     rows: list[Row] = []
-    for part in only or CPU_PARTS:
+    for part in only or SUITES[suite]:
         print(f"-- {part}", flush=True)
         measured: list[Row] = importlib.import_module(f"benchmarks.{part}").run()
         print(table(measured), flush=True)
@@ -32,41 +42,43 @@ def cpu(only: list[str]) -> list[Row]:
     return rows
 
 
-def compare(first: Path, second: Path) -> str:
-    """Medians of the rows both files have."""
-    documents = [json.loads(path.read_text()) for path in (first, second)]
-    rows = [{(r["name"], r["variant"]): r for r in document["rows"]} for document in documents]
-    lines = [f"{'benchmark':<34} {'variant':<30} {documents[0]['commit']:>12} {documents[1]['commit']:>12} ratio"]
-    for key in rows[0].keys() & rows[1].keys():
-        a, b = rows[0][key]["median"], rows[1][key]["median"]
-        lines.append(f"{key[0]:<34} {key[1]:<30} {a:>12.4g} {b:>12.4g} {b / a:.3f}")
-    return "\n".join([lines[0], *sorted(lines[1:])])
+def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool) -> bool:
+    """Measure and save; False if it was checked and something became worse."""
+    path = save(suite, measure(suite, only), device=cpu_name(), out=out)
+    print(path)
+    if not checked:
+        return True
+    told, good = check(read(path))
+    print(told)
+    return good
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async", "weights"])
-    parser.add_argument("--only", nargs="*", default=[], help=f"parts of the cpu suite: {', '.join(CPU_PARTS)}")
+    parser.add_argument("suite", nargs="?", choices=[*SUITES, "gpu", "all"])
+    parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
+    parser.add_argument("--check", action="store_true", help="compare with the last committed result, 1 if worse")
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
     options = parser.parse_args()
     if options.compare:
-        print(compare(*options.compare))
+        print(render(*(read(path) for path in options.compare)))
+    elif options.suite is None:
+        parser.error(f"name a suite: {', '.join([*SUITES, 'gpu', 'all'])}")
     elif options.suite == "gpu":
         problems: int = importlib.import_module("benchmarks.gpu_ops").run(options.out, options.dry_run)
         raise SystemExit(1 if problems else 0)
-    elif options.suite in ("async", "wire"):
-        rows = importlib.import_module({"async": "benchmarks.overlap", "wire": "benchmarks.wire"}[options.suite]).run()
-        print(table(rows))
-        print(save(options.suite, rows, device=cpu_name(), out=options.out))
-    elif options.suite == "weights":
-        print(save("weights", cpu(["weights"]), device=cpu_name(), out=options.out))
-    elif options.suite == "cpu":
-        print(save("cpu", cpu(options.only), device=cpu_name(), out=options.out))
     else:
-        parser.error("name a suite: cpu, gpu, wire, async or weights")
+        suites = list(SUITES) if options.suite == "all" else [options.suite]
+        if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:
+            parser.error(f"no part of {options.suite}: {', '.join(sorted(unknown))}")
+        results = [
+            run_suite(suite, options.only, options.out if len(suites) == 1 else None, checked=options.check)
+            for suite in suites
+        ]
+        raise SystemExit(0 if all(results) else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The command `orz`: one function a subcommand, each importing what it needs when it is called."""
+"""The command `orz`: one function a subcommand, each importing what it needs when it is called.
+
+Here are those that train or simulate; `cli_setup.py` has those for before the first run, `cli_runs.py` those that look
+at one, `cli_keys.py` the keys.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from orz_async.cli_keys import run as keys
+from orz_async.cli_runs import export, report, summary, top, trace, verify
+from orz_async.cli_setup import build_base, doctor, init, make_base
 from orz_async.errors import ConfigError
 from orz_async.observe.process import run_main
-from orz_async.observe.progress import Progress
 from orz_async.observe.versions import versions
-
-BASE = Path("runs/base")
 
 RUN_USAGE = """\
 usage: orz run RECIPE_OR_TOML [options] [--setting value]...
@@ -55,11 +59,16 @@ commands:
   run RECIPE       train: learner, generators, live view, summary (orz run --help lists every setting)
   make-base        make the tiny base model and its task, on CPU in a minute or two
   demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
+  init DIR         write a commented recipe and task files for your own problems
+  doctor           check the machine and the installation, and say what to do
   summary RUN      compute and print the summary of a run from its event logs
-  keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
+  report RUN...    one HTML page of a run, or of several side by side: curves, lag, time, rollouts
+  top RUN          watch a run in the terminal, whoever started it
   verify RUN       recompute from journal and event logs whether the run kept its promises
   replay RUN       train again from the journal of a run, without generators
+  trace RUN        the timeline of a run for ui.perfetto.dev
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
+  keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
   version          versions of everything that decides a result
@@ -122,52 +131,6 @@ def run(argv: list[str]) -> int:
     return launch(config, mode=mode, ranks=int(ranks), limits=Limits(drain_s=drain_s))
 
 
-def summary(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("orz summary", description="Summary of a run, from its event logs alone.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--json", action="store_true", help="print summary.json instead of the table")
-    options = parser.parse_args(argv)
-    from orz_async.launcher.launch import conclude
-    from orz_async.observe.live import new_console
-
-    conclude(options.run, new_console(quiet=options.json))
-    if options.json:
-        print((options.run / "summary.json").read_text(), end="")
-    return 0
-
-
-def verify(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "orz verify",
-        description="Recompute from the journal and the event logs of a run alone that every granted rollout ended "
-        "exactly once (trained, expired, quarantined), was trained at most once, and that no token was older than S "
-        "when it was trained on. Exits with 12 and names the rollouts where that does not hold.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run; it may still go on")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    options = parser.parse_args(argv)
-    from orz_async.broker import verify as verification
-    from orz_async.errors import BrokenPromiseError
-
-    result = verification.verify(options.run)
-    if options.json:
-        print(verification.to_json(result))
-    else:
-        for name, value in verification.lines(result):
-            print(f"{name:10} {value}")
-        for note in result.notes[:20]:
-            print(f"{'note':10} {note}")
-    if result.findings:
-        shown = "\n  ".join(str(finding) for finding in result.findings[:20])
-        raise BrokenPromiseError(
-            f"expected every rollout of {options.run} to end exactly once and within its bound, found "
-            f"{len(result.findings)} violations:\n  {shown}"
-        )
-    if not options.json:
-        print("verified: every granted rollout is accounted for, none was trained twice, none beyond S")
-    return 0
-
-
 def replay(argv: list[str]) -> int:
     from orz_async.cli_config import HELP, parse_config
 
@@ -185,32 +148,6 @@ def replay(argv: list[str]) -> int:
     return train(source, config)
 
 
-def make_base(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "orz make-base", description="Train the demo's base model from scratch and write it with its problems."
-    )
-    parser.add_argument("--out", type=Path, default=BASE, help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, text and problems (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="training steps (default: what the recipe tiny_cpu needs)")
-    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
-    options = parser.parse_args(argv)
-    _make_base(options.out, seed=options.seed, steps=options.steps, force=options.force)
-    return 0
-
-
-def _make_base(out: Path, *, seed: int = 0, steps: int | None = None, force: bool = False) -> None:
-    from orz_async.learner import base
-
-    with Progress() as progress:
-        number = base.STEPS if steps is None else steps
-        report = base.make_base(out, seed=seed, steps=number, force=force, progress=progress)
-    heldout = report["heldout"]
-    solves = (
-        f"{heldout['accuracy']:.0%} of {heldout['samples']} held-out problems, {heldout['length_mean']:.1f} tokens each"
-    )
-    print(f"{out}: {report['parameters']:,} parameters, trained in {report['seconds']} s, solves {solves}")
-
-
 def demo(argv: list[str]) -> int:
     from orz_async.cli_config import HELP
     from orz_async.recipes import tiny_cpu
@@ -220,44 +157,9 @@ def demo(argv: list[str]) -> int:
         return 0
     base = Path(tiny_cpu().model.path).parent
     if "--dry-run" not in argv and not (base / "base.json").exists():
-        _make_base(base)
+        build_base(base)
     mode = [] if "--resume" in argv else ["--overwrite"]
     return run(["tiny_cpu", "--run-dir", "runs/demo", *mode, *argv])
-
-
-def export(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "orz export",
-        description="Write the newest checkpoint of a run as a Hugging Face directory (policy and critic).",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/export)")
-    options = parser.parse_args(argv)
-    from orz_async.config_toml import load
-
-    config = load(options.run / "config.toml")
-    out = options.out or options.run / "export"
-    from orz_async.learner import checkpoint
-    from orz_async.learner.export import export as write
-    from orz_async.learner.model import build_critic, load_policy
-    from orz_async.learner.parallel import World
-    from orz_async.learner.trainer import Trainer
-
-    found = checkpoint.find(options.run)
-    if found is None:
-        raise ConfigError(f"expected a checkpoint in {options.run}, found none; train at least checkpoint.every steps")
-    for damage in found.damaged:
-        print(f"left out: {damage}", file=sys.stderr)
-    policy = load_policy(config.model.path)
-    world = World.start(need_group=config.model.dtype != "float32")
-    try:
-        trainer = Trainer(config, policy, build_critic(policy, seed=config.seed), world)
-        checkpoint.restore(trainer, found.path)
-        write(trainer, source=Path(config.model.path), target=out)
-    finally:
-        world.close()
-    print(f"{out}: the policy after {trainer.num_steps} steps; its critic is in {out / 'critic'}")
-    return 0
 
 
 def sim(argv: list[str]) -> int:
@@ -273,12 +175,6 @@ def plan(argv: list[str]) -> int:
     return make_plan(argv, lambda words: parse_config(words, prog="orz plan"))
 
 
-def keys(argv: list[str]) -> int:
-    from orz_async.cli_keys import run as run_keys
-
-    return run_keys(argv)
-
-
 def version(argv: list[str]) -> int:
     argparse.ArgumentParser("orz version", description="Versions for bug reports.").parse_args(argv)
     for name, number in versions().items():
@@ -290,13 +186,18 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "make-base": make_base,
     "demo": demo,
+    "init": init,
+    "doctor": doctor,
     "summary": summary,
+    "report": report,
+    "top": top,
     "verify": verify,
     "replay": replay,
+    "trace": trace,
     "export": export,
+    "keys": keys,
     "plan": plan,
     "sim": sim,
-    "keys": keys,
     "version": version,
 }
 

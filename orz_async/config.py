@@ -244,6 +244,41 @@ class JournalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObserveConfig:
+    """What is recorded beside the event log, and who else is told. Nothing here can hold or end training."""
+
+    sample_rollouts: int = 16
+    """Rollouts a step whose values, advantages, ratios and log-prob gaps are kept token by token; 0: none."""
+    sample_tokens: int = 16_384
+    """Response tokens a step kept for them: 16 bytes each, and one rollout more at most."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard; needs the extra "tensorboard"."""
+    wandb: str = ""
+    """Project at Weights & Biases; needs the extra "wandb" and a login. Empty: not used."""
+    trackio: str = ""
+    """Project of trackio; needs the extra "trackio". Empty: not used."""
+    prometheus: str = ""
+    """127.0.0.1:PORT where the newest numbers can be scraped. Empty: not used."""
+    sink_queue: int = 1000
+    """Points that wait for one of these; beyond them points are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rollouts", "sample_tokens"):
+            _require(getattr(self, name) >= 0, f"observe.{name} must be at least 0, got {getattr(self, name)}")
+        _require(self.sink_queue > 0, f"observe.sink_queue must be positive, got {self.sink_queue}")
+        if self.prometheus:
+            loopback_port(self.prometheus)
+
+
+def loopback_port(address: str) -> int:
+    """The port of 127.0.0.1:PORT; anyone who can reach it could read it, so no other host is accepted."""
+    host, _, port = address.rpartition(":")
+    good = host in ("127.0.0.1", "localhost") and port.isdigit() and 0 < int(port) < 65536
+    _require(good, f"observe.prometheus must be 127.0.0.1:PORT, got {address!r}; tunnel the port to reach it from afar")
+    return int(port)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Everything that decides a run. The resolved value is saved as config.toml in the run's folder."""
 
@@ -261,6 +296,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")

@@ -94,6 +94,7 @@ class BrokerClient:
         self._deadline = 0.0
         """Of the present phase; each frame moves it."""
         self._backoff_s = _BACKOFF_S[0]
+        self._greeted_at = 0.0
         self._leaving = False
 
     def poll(self, timeout_s: float) -> list[ToGenerator]:
@@ -189,7 +190,8 @@ class BrokerClient:
             elif self.phase is Phase.CONNECTING:
                 self._sequence = 0
                 self._send(self.hello)
-                self.phase, self._deadline = Phase.GREETING, time.monotonic() + _GREETING_S
+                self._greeted_at = time.monotonic()
+                self.phase, self._deadline = Phase.GREETING, self._greeted_at + _GREETING_S
         return lost
 
     def _note_refusal(self, event: int) -> None:
@@ -251,7 +253,13 @@ class BrokerClient:
         self._backoff_s = _BACKOFF_S[0]
         self.phase = Phase.SERVING
         self._refusals, self._trouble = 0, ""
-        self.events.emit("welcomed", epoch=self.epoch, run_id=self.run_id, version=welcome.version)
+        self.events.emit(
+            "welcomed",
+            epoch=self.epoch,
+            run_id=self.run_id,
+            version=welcome.version,
+            round_trip_s=time.monotonic() - self._greeted_at,  # clocks are aligned by it
+        )
 
     def _send(self, message: ToBroker) -> bool:
         assert self._socket is not None

@@ -20,7 +20,7 @@ from orz_async.observe.versions import versions
 
 OURS = (
     *("config.toml", "versions.json", "address", "summary.json", "curve.png", "orz.lock"),
-    *("events", "journal", "checkpoints", "export", "logs"),
+    *("events", "tokens", "journal", "checkpoints", "export", "logs", "report.html", "trace.json.gz", "tensorboard"),
 )
 """Everything a run writes; --overwrite deletes these and nothing else."""
 

@@ -56,7 +56,8 @@ class Auditor:
 
     def _compare(self, batch: StepBatch, members: list[int], table: LagTable) -> None:
         micro = make_microbatch(batch, members, self._device)
-        lag_M = torch.from_numpy(batch.lag_R)[micro.step_rows_M.cpu()]
+        rows_M = micro.step_rows_M.cpu()
+        lag_M = torch.from_numpy(batch.lag_R)[rows_M]
         # Lag 0 is in the table already. With kept keys and values, later spans were computed by mixed weights.
         wanted_M = lag_M > 0
         if self._config.generator.keep_kv:
@@ -70,7 +71,8 @@ class Auditor:
             with torch.no_grad():
                 logprobs_M, _ = self._policy(micro, temperature=self._config.sampling.temperature)
             delta_M = (logprobs_M - micro.sampled_logprobs_M).cpu()
-            table.add_mismatch(lag, delta_M[wanted_M & (lag_M == lag)])
+            equal_M = wanted_M & (lag_M == lag)
+            table.add_mismatch(lag, delta_M[equal_M], rows_M[equal_M])
 
     def _load(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from orz_async.errors import CheckpointError
 from orz_async.learner.checkpoint import Found, plain
 
 _FREE = (
-    *("run_dir", "steps", "generator", "weights", "eval", "checkpoint", "journal"),
+    *("run_dir", "steps", "generator", "weights", "eval", "checkpoint", "journal", "observe"),
     *("model.path", "broker.bind", "broker.lease_s", "broker.heartbeat_s", "broker.max_attempts"),
     *("broker.wait_generators_s", "learner.threads", "learner.audit_rollouts"),
     *("learner.mismatch_warn", "learner.mismatch_stop", "learner.max_tokens"),

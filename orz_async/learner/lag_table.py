@@ -33,12 +33,18 @@ class Mismatch(NamedTuple):
 
 
 class LagTable:
-    """One row per lag from 0 to max_lag; and the mismatch between learner and engine where their weights are equal."""
+    """One row per lag from 0 to max_lag; and the mismatch between learner and engine where their weights are equal.
 
-    def __init__(self, max_lag: int) -> None:
+    `log_ratios_R` (current minus sampled log-prob) and `gaps_R` (the same at equal weights) hold what this rank
+    computed of each token, and not-a-number elsewhere.
+    """
+
+    def __init__(self, max_lag: int, num_tokens: int = 0) -> None:
         self._sums = torch.zeros(max_lag + 1, len(_SUMS), dtype=torch.float64)
         self._mismatch = torch.zeros(max_lag + 1, 3, dtype=torch.float64)  # tokens, sum of |difference|, sum of k3
         self._mismatch_max = torch.zeros(max_lag + 1, dtype=torch.float64)
+        self.log_ratios_R = torch.full((num_tokens,), float("nan"))
+        self.gaps_R = torch.full((num_tokens,), float("nan"))
 
     def add(
         self,
@@ -51,7 +57,8 @@ class LagTable:
         at_version: bool,
     ) -> None:
         """`at_version`: the log-probs are those of the version lag is counted from, so lag 0 means equal weights."""
-        lag_M = torch.from_numpy(lag_R)[micro.step_rows_M.cpu()].long()
+        rows_M = micro.step_rows_M.cpu()
+        lag_M = torch.from_numpy(lag_R)[rows_M].long()
         delta_M = (logprobs_M - micro.sampled_logprobs_M).cpu()
         ratio_M = delta_M.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
         outside_M = (ratio_M < 1 - terms.clip_low) | (ratio_M > 1 + terms.clip_high)
@@ -64,16 +71,19 @@ class LagTable:
             values_R[micro.step_rows_M].cpu(),
         )
         self._sums.index_add_(0, lag_M, torch.stack([c.double() for c in columns], 1))
+        self.log_ratios_R[rows_M] = delta_M.float()
         if at_version:
-            self.add_mismatch(0, delta_M[lag_M == 0])
+            self.add_mismatch(0, delta_M[lag_M == 0], rows_M[lag_M == 0])
 
-    def add_mismatch(self, lag: int, delta_M: Tensor) -> None:
+    def add_mismatch(self, lag: int, delta_M: Tensor, rows_M: Tensor | None = None) -> None:
         """Log-prob of the learner minus that of the engine, for tokens of one lag scored under the weights they had.
 
         k3 = exp(d) - 1 - d of d = delta, never negative, is the low-variance estimator of KL(engine || learner) from
         the engine's own samples (Schulman 2020, http://joschu.net/blog/kl-approx.html).
         """
         if len(delta_M):
+            if rows_M is not None:
+                self.gaps_R[rows_M] = delta_M.float()
             delta_M = delta_M.double()
             k3_M = delta_M.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
             k3_M = k3_M.expm1() - k3_M

@@ -26,9 +26,9 @@ from orz_async.learner.export import export
 from orz_async.learner.follower import Command, encode_rollouts
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.parallel import full_state
-from orz_async.learner.report import evaluation_fields, step_fields
+from orz_async.learner.report import evaluation_fields, step_fields, token_sample
 from orz_async.learner.services import Services
-from orz_async.learner.trainer import Trainer
+from orz_async.learner.trainer import Step, Trainer
 from orz_async.observe.process import dump_stacks
 from orz_async.records import Trajectory
 
@@ -96,7 +96,16 @@ class Learner:
         self.services.events.emit(
             "step", **step_fields(step, policy, table, critic), seconds=seconds, step_s=sum(seconds.values())
         )
+        self._keep_tokens(step, table)
         self.check_mismatch(table)
+
+    def _keep_tokens(self, step: Step, table: LagTable) -> None:
+        observe = self.config.observe
+        sample = token_sample(
+            step, table, rollouts=observe.sample_rollouts, tokens=observe.sample_tokens, seed=self.config.seed
+        )
+        if sample is not None and self.services.tokens is not None:
+            self.services.tokens.append(sample)
 
     def _seconds(self) -> dict[str, float]:
         """By state, since the last step was reported: what was waited for is part of a step."""
@@ -116,6 +125,7 @@ class Learner:
                 self.auditor.remember(version, whole)
                 named = iter(whole)
             report = services.weights.publish(version, named)
+            services.events.emit("published", version=version, bytes=report.bytes, seconds=report.seconds)
             if self.evaluation_due(version):
                 services.rollouts.evaluate(version)
                 self._evaluating.append(version)

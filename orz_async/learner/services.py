@@ -12,6 +12,7 @@ from torch import Tensor
 from orz_async.learner.durable import Identity
 from orz_async.learner.signals import Stop
 from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.tokens import TokenLog
 from orz_async.records import Trajectory
 from orz_async.weights.protocol import PublishReport
 
@@ -56,3 +57,5 @@ class Services:
     events: EventLog
     timeline: Timeline
     stop: Stop
+    tokens: TokenLog | None = None
+    """Where the token sample goes, if anywhere."""

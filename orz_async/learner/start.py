@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from orz_async.learner.services import Services
 from orz_async.learner.signals import Stop
 from orz_async.learner.trainer import Trainer
 from orz_async.observe.events import EventLog, Timeline
+from orz_async.observe.sinks.process import sinks
+from orz_async.observe.tokens import TokenLog
 from orz_async.observe.versions import versions
 from orz_async.weights.protocol import Publisher
 from orz_async.weights.transport import bind_of, serve
@@ -94,8 +96,12 @@ def _lead(config: Config, world: World, stop: Stop, events: EventLog, timeline: 
     )
     start = None if found is None else ResumePoint(found.ledger(), trainer.num_steps, checkpoint.older_ledgers(found))
     assert auditor is not None
-    with outside(config, trainer, identity, events, start) as (rollouts, weights):
-        services = Services(run_dir, identity, rollouts, weights, events, timeline, stop)
+    with (
+        sinks(config.observe, run_dir, events),
+        outside(config, trainer, identity, events, start) as (rollouts, weights),
+        closing(TokenLog(run_dir / "tokens", identity.epoch)) as tokens,
+    ):
+        services = Services(run_dir, identity, rollouts, weights, events, timeline, stop, tokens)
         Learner(config, trainer, auditor, services).run()
 
 

@@ -109,7 +109,7 @@ class Trainer:
         decoupled = learner.objective == "decoupled"
         proximal_R = self._logprobs(step) if decoupled and learner.policy_steps > 1 else None
         report, rows = UpdateReport(lr=self.policy_optimizer.schedule.at(self.num_steps)), []
-        table = LagTable(self.config.broker.max_lag)
+        table = LagTable(self.config.broker.max_lag, step.batch.num_response_tokens)
         for index, part in enumerate(self._rounds(step, learner.policy_steps, _POLICY)):
             loss = torch.zeros((), dtype=torch.float64)
             for micro in part.microbatches:

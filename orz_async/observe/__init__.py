@@ -8,7 +8,11 @@ produces  RUN/events/<process>.jsonl, and from these files alone: live view, RUN
     tail.py      the event files as they grow
     history.py   the one fold over all events, resumed runs included; account.py sums its seconds and tokens
     summary.py   the numbers of a run; table.py prints them, curve.py draws them
-    live.py      the live view; words.py what it says; progress.py a single piece of work
+    live.py      the live view of `orz run`, top.py the larger one of `orz top`; words.py what they say
+    progress.py  a single piece of work
+    clocks.py    one clock for the events of all processes
+    sinks/       the same numbers to TensorBoard, Weights & Biases, trackio and Prometheus
+    tokens.py    values, advantages, ratios and gaps of a few rollouts, token by token
 
 Nothing here imports torch, and nothing here may stop a run: a full disk costs events, never training.
 """

@@ -13,13 +13,16 @@ from typing import Any
 import msgspec
 
 from orz_async.errors import DiskError
-from orz_async.observe.versions import versions
+from orz_async.observe.versions import boot, versions
 
 SCHEMA = 1
 """Of a line. A reader skips lines with another one."""
 
 IDLE_PREFIX = "wait_"
 """A timeline state that starts so is idle; the rest of the word is the cause."""
+
+MAX_SPANS = 24
+"""Changes of state that one "timeline" event tells in order: what a fast loop writes a second stays small."""
 
 
 def _plain(value: Any) -> Any:
@@ -49,7 +52,7 @@ class EventLog:
         self._torn = False
         if path is not None:
             self._open(path)
-            self.emit("process", pid=os.getpid(), versions=versions())
+            self.emit("process", pid=os.getpid(), boot=boot(), versions=versions())
 
     @classmethod
     def disabled(cls) -> EventLog:
@@ -101,7 +104,8 @@ class Timeline:
 
     The seconds by state therefore sum to the wall time. `flush` emits kind "timeline" with the seconds since the last
     flush, the present state and how long that has lasted; `start` flushes periodically from a thread of its own, so
-    that a process that blocks is seen blocking. States beginning with "wait_" are idle.
+    that a process that blocks is seen blocking. States beginning with "wait_" are idle. `spans`, the order in which
+    the states came as [state, seconds], is left out where a process changed state more often than MAX_SPANS.
     """
 
     def __init__(self, events: EventLog, name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -113,12 +117,17 @@ class Timeline:
         self._since = self._mark = clock()
         self._flushed: dict[str, float] = {}
         self._pending: dict[str, float] = {}
+        self._spans: list[tuple[str, float]] = []
+        """Since the last flush; one more than MAX_SPANS stands for more."""
         self._stop = threading.Event()
         self._ticker: threading.Thread | None = None
 
     def _account(self) -> None:
         now = self._clock()
-        self._pending[self._state] = self._pending.get(self._state, 0.0) + now - self._mark
+        spent = now - self._mark
+        self._pending[self._state] = self._pending.get(self._state, 0.0) + spent
+        if spent > 0 and len(self._spans) <= MAX_SPANS:
+            self._spans.append((self._state, round(spent, 6)))
         self._mark = now
 
     def enter(self, state: str) -> str:
@@ -150,10 +159,12 @@ class Timeline:
         with self._lock:
             self._account()
             seconds, self._pending = self._pending, {}
+            spans, self._spans = self._spans, []
             for state, spent in seconds.items():
                 self._flushed[state] = self._flushed.get(state, 0.0) + spent
             state, state_s = self._state, self._mark - self._since
-        self._events.emit("timeline", name=self.name, seconds=seconds, state=state, state_s=state_s)
+        order = {"spans": spans} if 1 < len(spans) <= MAX_SPANS else {}
+        self._events.emit("timeline", name=self.name, seconds=seconds, state=state, state_s=state_s, **order)
 
     def start(self, period_s: float = 1.0) -> None:
         """Flush every period until `close`."""

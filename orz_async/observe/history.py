@@ -42,6 +42,8 @@ class Process:
     state_s: float = 0.0
     status: Event = field(default_factory=dict)
     """A generator's last "throughput"."""
+    weights: Event = field(default_factory=dict)
+    """Its last "weights"."""
     time: Account = field(default_factory=Account)
     """Seconds by state while the run trained."""
     recent: Account = field(default_factory=Account)
@@ -105,6 +107,8 @@ class History:
             process.add_time(event)
         elif kind == "throughput":
             process.add_tokens(event)
+        elif kind == "weights":
+            process.weights = event
         elif kind == "funnel":
             self.funnel = event
         elif kind == "waiting":

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from orz_async.observe.clocks import Clocks
 from orz_async.observe.events import SCHEMA
 
 Event = dict[str, Any]
@@ -23,6 +24,8 @@ class Tail:
     def __init__(self, folder: Path) -> None:
         self.unreadable = 0
         """Lines that were no event of this schema: torn by a kill -9, or written by another version."""
+        self.clocks = Clocks()
+        """Every event's `t` is on their common clock."""
         self._folder = folder
         self._offsets: dict[str, int] = {}
         self._decoder = msgspec.json.Decoder(Event)
@@ -33,9 +36,7 @@ class Tail:
         for path in sorted(self._folder.glob("*.jsonl")):
             while chunk := self._read(path):
                 events.extend(self._parse(chunk))
-        # Stable: events of one process keep the order of their lines.
-        events.sort(key=lambda event: event["t"])
-        return events
+        return in_order(events, self.clocks)
 
     def _read(self, path: Path) -> bytes:
         offset = self._offsets.get(path.name, 0)
@@ -63,3 +64,13 @@ class Tail:
             else:
                 self.unreadable += 1
         return events
+
+
+def in_order(events: list[Event], clocks: Clocks) -> list[Event]:
+    """Set to the common clock and sorted by it; events of one process keep the order of their lines."""
+    events.sort(key=lambda event: event["t"])
+    clocks.learn(events)
+    for event in events:
+        event["t"] = clocks.time(event)
+    events.sort(key=lambda event: event["t"])
+    return events

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import orz_async
 
@@ -20,3 +22,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "absent"
     return found | {"os": f"{platform.system()} {platform.release()}", "machine": platform.machine()}
+
+
+def boot() -> str | None:
+    """The same for all processes that share a monotonic clock, and says nothing else about the machine."""
+    try:
+        return hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes()).hexdigest()[:12]
+    except OSError:
+        return None

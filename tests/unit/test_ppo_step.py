@@ -15,6 +15,7 @@ from torch import Tensor
 from orz_async.config import Config
 from orz_async.errors import DataError, NumericError
 from orz_async.learner.batch import pack_part, split
+from orz_async.learner.report import CALIBRATION_EDGES, calibration, token_sample
 from orz_async.learner.trainer import Trainer
 from orz_async.ops import backend
 from orz_async.records import Trajectory, as_float32, as_int32
@@ -356,3 +357,38 @@ def close(got: Tensor, want: Tensor, name: str = "") -> None:
     torch.testing.assert_close(
         got.detach().double(), want.detach().double(), atol=1e-6, rtol=1e-6, msg=lambda text: f"{name}: {text}"
     )
+
+
+def test_the_token_sample_is_what_the_step_computed(model_path: Path) -> None:
+    config = kit.config(model_path)
+    trainer = kit.trainer(config)
+    step = trainer.begin(near_policy(config, kit.rollouts(9, seed=3)))
+    _, table = trainer.update_policy(step)
+    sample = token_sample(step, table, rollouts=4, tokens=10_000, seed=1)
+    assert sample is not None
+    numbers = [t.rollout for t in step.batch.trajectories]
+    assert len(list(sample.columns())) == 4
+    for rollout, columns in sample.columns():
+        b = numbers.index(rollout)
+        rows = slice(step.batch.cu_responses_B1[b], step.batch.cu_responses_B1[b + 1])
+        np.testing.assert_array_equal(columns["values"], step.values_R[rows])
+        np.testing.assert_array_equal(columns["advantages"], step.advantages_R[rows])
+        np.testing.assert_array_equal(columns["gaps"], columns["log_ratios"])  # lag 0: equal weights
+    for budget in (1, 12, 40):
+        few = token_sample(step, table, rollouts=9, tokens=budget, seed=1)
+        assert few is not None
+        lengths = [len(columns["values"]) for _, columns in few.columns()]
+        assert sum(lengths) <= budget or len(lengths) == 1
+    assert token_sample(step, table, rollouts=0, tokens=10_000, seed=1) is None
+
+
+def test_calibration_counts_every_token_once(model_path: Path) -> None:
+    config = kit.config(model_path)
+    step = kit.trainer(config).begin(kit.rollouts(9, seed=3))
+    bins = calibration(step)
+    assert sum(bins["tokens"]) == step.batch.num_response_tokens
+    assert sum(bins["values"]) == pytest.approx(float(step.values_R.double().sum()))
+    assert sum(bins["returns"]) == pytest.approx(float(step.returns_R.double().sum()))
+    for index in range(1, len(CALIBRATION_EDGES)):
+        if count := bins["tokens"][index]:
+            assert CALIBRATION_EDGES[index - 1] <= bins["values"][index] / count < CALIBRATION_EDGES[index]
