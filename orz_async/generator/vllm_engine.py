@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.01
 """A poll waits so long for a token."""
+_BLOCK = 16
+"""Tokens of keys and values that vLLM hands out at once, about."""
 _SWAP_S = 300.0
 """Longest pause, load and resume of one update; above it the engine counts as dead."""
 
@@ -191,12 +193,12 @@ class VllmEngine:
                 self._begin(queue.popleft())
 
     def _fits(self, lease: Lease) -> bool:
-        """Whether the prompt and a first block fit beside what runs, which grows meanwhile: a sixteenth is left to it.
+        """Whether the prompt fits, with a block for each rollout to grow into and a sixteenth of all to spare.
 
-        Should it grow further, vLLM takes the last admitted out for a while; nothing is lost but time.
+        Should they grow further, vLLM takes the last admitted out for a while; nothing is lost but time.
         """
-        needed = len(lease.prompt) // 4 + 16
-        return not self._running or self._kv_used + needed <= self._kv_tokens * 15 // 16
+        needed = self._kv_used + len(lease.prompt) // 4 + _BLOCK * (len(self._running) + 1)
+        return not self._running or needed <= self._kv_tokens * 15 // 16
 
     def _begin(self, lease: Lease) -> None:
         self._names += 1
@@ -210,7 +212,11 @@ class VllmEngine:
         )
         self._running[name] = _Running(lease, time.monotonic(), self._version)
         self._kv_used += len(prompt)
-        self._vllm.submit(name, shim.make_prompt(prompt, f"v{self._version}"), params)
+        self._vllm.submit(name, shim.make_prompt(prompt, self._salt()), params)
+
+    def _salt(self) -> str:
+        """Prefixes computed by other weights are never reused, whatever becomes of the cache."""
+        return f"v{self._version}"
 
     def _drop(self, name: str) -> _Running:
         running = self._running.pop(name)

@@ -111,6 +111,10 @@ def make_engine_args(
         "disable_log_stats": True,
         "seed": 0,
     }
+    if current_platform.is_cpu():
+        # A chunk that is not a prompt's last draws a token and takes the draw back, which generators on CPU cannot:
+        # the engine would die. Whole prompts need max_num_batched_tokens >= max_model_len, which is so above.
+        settings["enable_chunked_prefill"] = False
     if tensor_parallel == data_parallel == 1:
         settings["distributed_executor_backend"] = "uni"
     return AsyncEngineArgs(**(settings | dict(options)))

@@ -45,3 +45,11 @@ def make(request: pytest.FixtureRequest) -> Make:
     if request.param == "transformers":
         return make_transformers
     return vllm_maker(request.getfixturevalue("vllm"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # vLLM leaves its ZeroMQ contexts to the garbage collector.
+    for item in items:
+        if "/engines/" in str(item.path):
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))

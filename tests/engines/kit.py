@@ -26,12 +26,11 @@ def model(change: int = 0) -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=128,
+        intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=64,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -205,7 +205,7 @@ def test_apply_is_all_or_nothing(make: Make) -> None:
     bad = {
         "parameters are missing, first 'model.norm.weight'": {n: t for n, t in good.items() if n != norm},
         "unexpected tensor 'extra'": good | {"extra": torch.zeros(1)},
-        r"'model.norm.weight': expected shape \(64,\), found \(65,\)": good | {norm: torch.zeros(65)},
+        r"'model.norm.weight': expected shape \(128,\), found \(129,\)": good | {norm: torch.zeros(129)},
         "'model.norm.weight' .* not finite": good | {norm: good[norm] * math.nan},
         "'lm_head.weight' differs": good | {"lm_head.weight": good["model.embed_tokens.weight"] + 1},
     }
