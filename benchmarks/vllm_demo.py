@@ -71,7 +71,16 @@ def main() -> None:
     parser.add_argument("--calm", action="store_true", help="kill nothing, add nothing")
     parser.add_argument("--out", type=Path, help="write the report there as JSON")
     options, extra = parser.parse_known_args()
-    argv = [sys.executable, "-m", "orz_async.cli", "demo", "--run-dir", str(options.run_dir), "--steps", str(options.steps)]
+    argv = [
+        sys.executable,
+        "-m",
+        "orz_async.cli",
+        "demo",
+        "--run-dir",
+        str(options.run_dir),
+        "--steps",
+        str(options.steps),
+    ]
     argv += ["--generator.engine", "vllm", "--generator.python", options.python, *extra]
     launcher = subprocess.Popen(argv)
     late = None

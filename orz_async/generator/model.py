@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -17,8 +17,8 @@ from orz_async.generator.kv_cache import KVCache
 from orz_async.generator.parameters import match_tensors, served_tensors
 
 _NO_CONFIG = (
-    "expected a Hugging Face model directory at {path}, found no config.json there; give the directory with --model, or "
-    "make the demo's with `orz make-base`"
+    "expected a Hugging Face model directory at {path}, found no config.json there; give the directory with --model, "
+    "or make the demo's with `orz make-base`"
 )
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -56,7 +56,7 @@ def load_shapes(path: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         if (Path(path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

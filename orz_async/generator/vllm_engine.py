@@ -23,7 +23,7 @@ from orz_async.generator.parameters import match_tensors
 from orz_async.generator.stop import StopMatcher
 from orz_async.generator.vllm_loop import Chunk, VllmLoop
 from orz_async.generator.vllm_weights import WeightFile
-from orz_async.records import Finish, Lease, Span, as_int32
+from orz_async.records import Finish, Lease, as_int32
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +143,8 @@ class VllmEngine:
         for name, tensor in given.items():
             if str(tensor.dtype) != f"torch.{self._dtype}":
                 raise EngineError(
-                    f"tensor {name!r}: expected the engine's {self._dtype}, found {tensor.dtype}; start the daemon with "
-                    f"--dtype {str(tensor.dtype).removeprefix('torch.')}"
+                    f"tensor {name!r}: expected the engine's {self._dtype}, found {tensor.dtype}; start the daemon "
+                    f"with --dtype {str(tensor.dtype).removeprefix('torch.')}"
                 )
         # All that can be done while sampling goes on comes before the pause.
         update, digest = self._weight_file.write(given)

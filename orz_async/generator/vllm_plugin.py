@@ -15,6 +15,7 @@ BACKEND = "orz"
 
 _PR_SET_PDEATHSIG = 1
 
+
 def register() -> None:
     """Called once or more in every process of vLLM."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory

@@ -157,6 +157,8 @@ async def update_weights(llm: Any, update: Mapping[str, Any], version: str) -> N
 def kv_tokens(llm: Any) -> int:
     """Tokens whose keys and values fit at once; 0 if the engine does not say."""
     cache = llm.vllm_config.cache_config
-    return int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0) * int(
-        llm.vllm_config.parallel_config.data_parallel_size
+    return (
+        int(cache.num_gpu_blocks or 0)
+        * int(cache.block_size or 0)
+        * int(llm.vllm_config.parallel_config.data_parallel_size)
     )

@@ -18,12 +18,12 @@ from orz_async.weights.snapshot import tensor_bytes, tensor_checksum
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
+class FileInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Nothing to agree on beforehand."""
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
+class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One complete version."""
 
     path: str
@@ -32,7 +32,7 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """CRC-32C of each tensor's bytes. These names, no more and no fewer, are what must be in the file."""
 
 
-class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):  # type: ignore[misc]
     """Loads a version from a file in memory. It raises, and the engine then must not go on, unless all of it arrived.
 
     The layers are loaded as when the model was: a backend that packs weights (CPU does) packs the new ones.
@@ -52,13 +52,15 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         loaded = self.model.load_weights(_verified(update_info))
         if loaded is not None and (missing := sorted(self._expected - loaded)):
-            raise RuntimeError(f"{len(missing)} of {len(self._expected)} parameters got no weights, first {missing[0]!r}")
+            raise RuntimeError(
+                f"{len(missing)} of {len(self._expected)} parameters got no weights, first {missing[0]!r}"
+            )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self.model.modules():
-            # A head tied to the embedding is loaded as the embedding, so the reload passes it by; where it keeps a packed
-            # copy of its own (on CPU), that copy would go on serving the old weights.
+            # A head tied to the embedding is loaded as the embedding, so the reload passes it by; where it keeps a
+            # packed copy of its own (on CPU), that copy would go on serving the old weights.
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
 
@@ -74,7 +76,9 @@ def _verified(info: FileUpdateInfo) -> Iterator[tuple[str, Tensor]]:
         names = set(file.keys())
         if names != info.checksums.keys():
             different = sorted(names ^ info.checksums.keys())
-            raise RuntimeError(f"expected {len(info.checksums)} tensors, found {len(names)}, among them {different[0]!r}")
+            raise RuntimeError(
+                f"expected {len(info.checksums)} tensors, found {len(names)}, among them {different[0]!r}"
+            )
         for name, expected in info.checksums.items():
             tensor = file.get_tensor(name)
             found = tensor_checksum(tensor_bytes(tensor))

@@ -22,7 +22,9 @@ from tests.engines.kit import PATIENCE_S, lease, run, run_until, tensors, vllm_m
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(one.cmdline())]
+    return [
+        one for one in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(one.cmdline())
+    ]
 
 
 def test_an_update_says_what_it_cost(vllm: Any) -> None:
@@ -63,7 +65,7 @@ def test_samples_of_one_prompt_share_its_blocks(vllm: Any) -> None:
 def test_a_dtype_that_the_engine_does_not_serve_is_refused(vllm: Any) -> None:
     engine = vllm_maker(vllm)()
     given = {name: one.to(torch.bfloat16) for name, one in tensors(1).items()}
-    with pytest.raises(EngineError, match="expected the engine's float32, found torch.bfloat16; .*--dtype bfloat16"):
+    with pytest.raises(EngineError, match=r"expected the engine's float32, found torch.bfloat16; .*--dtype bfloat16"):
         engine.apply(1, given)
     assert engine.version == 0
 
@@ -111,7 +113,7 @@ def test_a_killed_engine_is_an_engine_error_within_seconds(vllm: Any) -> None:
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(EngineError, match="vLLM died|vLLM failed") as caught:
+    with pytest.raises(EngineError, match=r"vLLM died|vLLM failed") as caught:
         vllm_maker(vllm)()
     assert caught.value.exit_code == 11
     assert time.monotonic() - began < PATIENCE_S
