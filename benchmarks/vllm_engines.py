@@ -3,8 +3,9 @@
     .venv-vllm/bin/python -m benchmarks.vllm_engines
 
 Both engines sample the demo's work on the demo's model shape, in turns; see `benchmarks.engines`. For the weights a
-model of 8.5 M parameters is used, so that they take a while: windows of sampling alone, of sampling while versions are
-fetched one after the other, and of sampling while they are also served, in turns.
+model of 8.5 M parameters is used, so that they take a while: windows of sampling alone, of sampling while versions
+travel without a break, or one every two seconds, and of sampling while the latter are also served, in turns. The learner's
+part, copying and coding each version, is done on the same cores.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def middle_model() -> Any:
 
 
 class Traffic:
-    """A learner that publishes a changed version whenever the last one has arrived."""
+    """A learner that publishes a changed version when the last one has arrived and the period is over."""
 
     def __init__(self, model: Any) -> None:
         from orz_async.observe.events import EventLog
@@ -137,11 +138,13 @@ class Traffic:
         self.publisher = StreamPublisher("tcp://127.0.0.1:0", 1, EventLog.disabled())
         self.fetcher = StreamFetcher(self.publisher.address, 1, EventLog.disabled())
         self.fetched: list[float] = []
+        self.period_s = 0.0
+        self._due = 0.0
 
     def step(self) -> Any:
         """Ask for the next version when the last has come; the snapshot, when one has."""
-        if self.version == len(self.fetched):
-            self.version += 1
+        if self.version == len(self.fetched) and time.perf_counter() >= self._due:
+            self.version, self._due = self.version + 1, time.perf_counter() + self.period_s
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.mul_(1.0001)
@@ -179,7 +182,8 @@ def window(engine: VllmEngine, traffic: Traffic | None, *, serve: bool) -> float
 
 def travel() -> list[Row]:
     """Tokens per second alone, while versions travel, and while they are served too; the parts of an update."""
-    rates: dict[str, list[float]] = {"sampling alone": [], "weights travel": [], "weights travel and are served": []}
+    alone, always, paced, served = "alone", "versions travel all the time", "one every 2 s", "one every 2 s, served"
+    rates: dict[str, list[float]] = {alone: [], always: [], paced: [], served: []}
     parts: dict[str, list[float]] = {"transfer_s": [], "pause_s": [], "drain_s": [], "load_s": []}
     with tempfile.TemporaryDirectory() as directory:
         model = middle_model()
@@ -198,17 +202,19 @@ def travel() -> list[Row]:
         window(engine, traffic, serve=True)  # warm-up
         fetches = len(traffic.fetched)
         for _ in range(WINDOWS):
-            rates["sampling alone"].append(window(engine, None, serve=False))
-            rates["weights travel"].append(window(engine, traffic, serve=False))
-            rates["weights travel and are served"].append(window(engine, traffic, serve=True))
+            rates[alone].append(window(engine, None, serve=False))
+            traffic.period_s = 0.0
+            rates[always].append(window(engine, traffic, serve=False))
+            traffic.period_s = 2.0
+            rates[paced].append(window(engine, traffic, serve=False))
+            rates[served].append(window(engine, traffic, serve=True))
         fetches = len(traffic.fetched) - fetches
         size = sum(one.numel() * one.element_size() for one in model.parameters())
         traffic.close()
         vllm.close()
-    alone = rates["sampling alone"]
     rows = [
         row("sampling while weights travel", name, "tok/s", values, fetches=fetches, bytes_of_a_version=size)
-        | {"ratio_to_first": median(value / one for value, one in zip(values, alone, strict=True))}
+        | {"ratio_to_first": median(value / one for value, one in zip(values, rates[alone], strict=True))}
         for name, values in rates.items()
     ]
     return rows + [row("one update of vLLM", name, "s", values) for name, values in parts.items()]

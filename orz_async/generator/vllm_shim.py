@@ -109,6 +109,9 @@ def make_engine_args(
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "enforce_eager": current_platform.is_cpu(),  # compiling takes a minute and gains little on a CPU
         "disable_log_stats": True,
+        # Tokens come in batches of so many: telling the daemon of each costs more than sampling it from a small model.
+        # A stop string of several tokens is seen that much later, and what follows it is cut off.
+        "stream_interval": 8,
         "seed": 0,
     }
     if current_platform.is_cpu():
