@@ -4,8 +4,8 @@
 
 Both engines sample the demo's work on the demo's model shape, in turns; see `benchmarks.engines`. For the weights a
 model of 8.5 M parameters is used, so that they take a while: windows of sampling alone, of sampling while versions
-travel without a break, or one every two seconds, and of sampling while the latter are also served, in turns. The learner's
-part, copying and coding each version, is done on the same cores.
+travel without a break, or one every two seconds, and of sampling while the latter are also served, in turns. The
+learner's part, copying and coding each version, is done on the same cores.
 """
 
 from __future__ import annotations
