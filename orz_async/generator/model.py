@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from orz_async.errors import ModelError
+from orz_async.errors import EngineError, ModelError
 from orz_async.generator import attention
 from orz_async.generator.batch import Batch, pack_batch
 from orz_async.generator.kv_cache import KVCache

@@ -203,7 +203,7 @@ def test_apply_reports_the_digest_and_takes_tied_names(make: Make) -> None:
 def test_apply_is_all_or_nothing(make: Make) -> None:
     engine, good, norm = make(), tensors(9), "model.norm.weight"
     bad = {
-        "parameters are missing, first 'model.norm.weight'": {n: t for n, t in good.items() if n != norm},
+        "tensors are missing, first 'model.norm.weight'": {n: t for n, t in good.items() if n != norm},
         "unexpected tensor 'extra'": good | {"extra": torch.zeros(1)},
         r"'model.norm.weight': expected shape \(128,\), found \(129,\)": good | {norm: torch.zeros(129)},
         "'model.norm.weight' .* not finite": good | {norm: good[norm] * math.nan},
