@@ -30,8 +30,8 @@ from orz_async.generator.vllm_shim import make_engine_args, prepare_environment,
 from orz_async.records import Lease, Sampling, int32_bytes
 
 CONCURRENT = (8, 32, 128)
-TURNS = 3
-WINDOWS, WINDOW_S = 6, 4.0
+TURNS = 2
+WINDOWS, WINDOW_S = 4, 3.0
 
 
 def start(model: Any, directory: str, *, slots: int, max_tokens: int) -> VllmLoop:
