@@ -82,7 +82,8 @@ $(VLLM_STAMP): .ci/vllm-requirements.txt .ci/vllm-wheel.txt pyproject.toml setup
 
 # `timeout`: an engine that hangs must not hang a commit.
 test-vllm: vllm-dev
-	timeout -k 10 900 $(VLLM_BIN)/python -m pytest -q tests/engines $(ARGS)
+	timeout -k 10 900 $(VLLM_BIN)/python -m pytest -q -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning tests/engines $(ARGS)
 
 fuzz: dev
 	$(BIN)/python -m tests.fuzz_wire $(COUNT) --seed $(SEED)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +39,11 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     loop = start_vllm(tmp_path_factory.mktemp("model"))
     yield loop
     loop.close()
+    del loop
+    with warnings.catch_warnings():
+        # vLLM leaves its ZeroMQ contexts to the garbage collector, which must not say so when pytest is half gone.
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 @pytest.fixture(params=["transformers", "vllm"])
