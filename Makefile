@@ -19,8 +19,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) C
 COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean
-.PHONY: help dev demo test check compile-check fuzz sanitize sim wheel-check bench clean vllm-dev test-vllm
+.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean vllm-dev test-vllm
 .DEFAULT_GOAL := help
 
 help:
