@@ -106,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
         help="keep keys and values of older weights after an update instead of computing them anew",
     )
     options.add_argument("--dry-run", action="store_true", help="check the options, say what they mean, start nothing")
+    _add_vllm(options, defaults)
+    return options
+
+
+def _add_vllm(options: argparse.ArgumentParser, defaults: GeneratorConfig) -> None:
     vllm = options.add_argument_group(
         "vLLM only", "It needs an environment of its own: `make vllm-dev` (CPU), or the extra orz_async[vllm] (GPU)."
     )
@@ -120,7 +125,6 @@ def parser() -> argparse.ArgumentParser:
         help="another engine argument of vLLM, e.g. gpu_memory_utilization=0.8; may be repeated. What would bias the "
         "samples (top_p, quantization, ...) is refused",
     )
-    return options
 
 
 def settings_of(options: argparse.Namespace) -> GeneratorConfig:
