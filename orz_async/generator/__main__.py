@@ -21,6 +21,8 @@ from orz_async.errors import ConfigError, ModelError, PeerLostError
 from orz_async.generator.daemon import Daemon
 from orz_async.generator.ports import GradeKey
 from orz_async.generator.serving import make_serving, preload
+from orz_async.generator.vllm_options import parse_options
+from orz_async.generator.vllm_shim import require_vllm
 from orz_async.keys.files import KeyFile, read_key
 from orz_async.keys.ring import LOCAL
 from orz_async.observe.events import EventLog
@@ -104,7 +106,25 @@ def parser() -> argparse.ArgumentParser:
         help="keep keys and values of older weights after an update instead of computing them anew",
     )
     options.add_argument("--dry-run", action="store_true", help="check the options, say what they mean, start nothing")
+    _add_vllm(options, defaults)
     return options
+
+
+def _add_vllm(options: argparse.ArgumentParser, defaults: GeneratorConfig) -> None:
+    vllm = options.add_argument_group(
+        "vLLM only", "It needs an environment of its own: `make vllm-dev` (CPU), or the extra orz_async[vllm] (GPU)."
+    )
+    vllm.add_argument("--tensor-parallel", type=int, default=1, help="devices that share each layer (%(default)s)")
+    vllm.add_argument("--data-parallel", type=int, default=1, help="copies of the model in this daemon (%(default)s)")
+    vllm.add_argument("--kv-gb", type=float, default=defaults.kv_gb, help="GiB for the KV cache on CPU (%(default)s)")
+    vllm.add_argument(
+        "--vllm",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="another engine argument of vLLM, e.g. gpu_memory_utilization=0.8; may be repeated. What would bias the "
+        "samples (top_p, quantization, ...) is refused",
+    )
 
 
 def settings_of(options: argparse.Namespace) -> GeneratorConfig:
@@ -118,6 +138,10 @@ def settings_of(options: argparse.Namespace) -> GeneratorConfig:
         queue=options.queue,
         threads=options.threads,
         keep_kv=options.keep_kv,
+        tensor_parallel=options.tensor_parallel,
+        data_parallel=options.data_parallel,
+        kv_gb=options.kv_gb,
+        vllm=tuple(options.vllm),
         verifiers=options.verifiers,
         reconnect_s=options.reconnect_s,
     )
@@ -135,7 +159,7 @@ def address_of(options: argparse.Namespace) -> str:
     deadline = time.monotonic() + options.reconnect_s
     if not path.is_file():
         print(f"waiting for a learner to write {path}, {options.reconnect_s:g} s at most", file=sys.stderr)
-        preload()
+        preload(options.engine)
     while not path.is_file():
         if time.monotonic() > deadline:
             raise PeerLostError(f"expected a learner to write {path} within {options.reconnect_s:g} s; is it running?")
@@ -183,6 +207,9 @@ def vocab_size_of(model_path: str) -> int:
 
 def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     settings = settings_of(options)
+    engine_options = parse_options(settings.vllm)
+    if settings.engine == "vllm":
+        require_vllm()
     address = address_of(options)
     key = key_of(options)
     keys = None if key is None else lambda: read_key(key).keys
@@ -205,6 +232,7 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
             dtype=options.dtype,
             device=options.device,
             prefill_tokens=options.prefill_tokens,
+            options=engine_options,
         ),
         make_fetcher=lambda where, epoch: transport.connect(
             where, epoch, events, keys=keys, give_up_s=settings.reconnect_s, device=options.device, relay=relay

@@ -278,6 +278,7 @@ class Daemon:
             base_version=snapshot.base_version,
             fetch_s=snapshot.fetch_s,
             swap_s=self._clock() - began,
+            **self._work.serving.engine.timings,
             checksum_ok=digest == snapshot.digest,
         )
         if digest != snapshot.digest:

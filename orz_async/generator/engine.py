@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from orz_async.broker.messages import LeaseRef, Progress
 from orz_async.errors import EngineError
-from orz_async.records import Finish, Lease, Span
+from orz_async.records import Finish, Lease, Span, as_int32
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,30 @@ class Sample:
     finish: Finish
     generate_s: float
     """From admission to a slot until the last token."""
+    kv_version: int | None = None
+    """Oldest version that computed keys and values which its tokens attended to; None: each token's own version."""
+
+    def kv_age_T(self) -> NDArray[np.int32]:
+        """[T] how many versions the oldest key a token attended to is older than the weights that sampled it."""
+        ages_T = np.zeros(len(self.response), np.int32)
+        if self.kv_version is not None:
+            for span in self.spans:
+                ages_T[span.start :] = span.version - self.kv_version
+        return ages_T
+
+
+def check_lease(lease: Lease, max_model_tokens: int, vocab_size: int) -> None:
+    """LeaseError if no engine of these bounds can ever run it."""
+    prompt, new = as_int32(lease.prompt), lease.sampling.max_new_tokens
+    if not len(prompt) or new < 1:
+        raise LeaseError(ref_of(lease), f"expected at least one prompt token and one new, got {len(prompt)}, {new}")
+    if len(prompt) + new > max_model_tokens:
+        raise LeaseError(
+            ref_of(lease),
+            f"{len(prompt)} prompt tokens and {new} new ones exceed max_model_tokens {max_model_tokens}",
+        )
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise LeaseError(ref_of(lease), f"a prompt token is outside the vocabulary of {vocab_size}")
 
 
 class Engine(Protocol):
@@ -73,7 +97,7 @@ class Engine(Protocol):
         """Forget a lease and its tokens; nothing happens if it is not here."""
 
     def poll(self) -> list[Sample]:
-        """Do a bounded piece of work, at most one token for each running lease; return what is finished.
+        """Do a bounded piece of work, or wait a moment for an engine that works by itself; return what is finished.
 
         Raises LeaseError for a lease whose logits are not finite. Other leases lose nothing: call again.
         """
@@ -84,6 +108,10 @@ class Engine(Protocol):
         All or nothing: EngineError, with the old weights in place, unless the tensors cover every parameter with its
         shape and are finite.
         """
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds of the parts of the last `apply`, by name; empty if it has none worth telling apart."""
 
     def progress(self) -> list[Progress]:
         """Every lease here, in a fixed order."""

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from orz_async.errors import EngineError, ModelError
 from orz_async.generator import attention
 from orz_async.generator.batch import Batch, pack_batch
 from orz_async.generator.kv_cache import KVCache
+from orz_async.generator.parameters import match_tensors, served_tensors
+
+_NO_CONFIG = (
+    "expected a Hugging Face model directory at {path}, found no config.json there; give the directory with --model, "
+    "or make the demo's with `orz make-base`"
+)
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """Others (chunked, linear, convolution, state space) keep a state that is not in the slot cache."""
@@ -26,10 +32,7 @@ _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 1e
 def load_model(path: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """A model from a local directory with safetensors. Code in the directory is never run."""
     if not (Path(path) / "config.json").is_file():
-        raise ModelError(
-            f"expected a Hugging Face model directory at {path}, found no config.json there; "
-            "give the directory with --model, or make the demo's with `orz make-base`"
-        )
+        raise ModelError(_NO_CONFIG.format(path=path))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -46,11 +49,19 @@ def load_model(path: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     return model
 
 
-def served_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What has to travel: parameters and persistent buffers, a tied one once, under its first name."""
-    persistent = model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return dict(model.named_parameters()) | buffers
+def load_shapes(path: str) -> PreTrainedModel:
+    """The model of a local directory without its values: names, shapes and ties of its parameters."""
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(_NO_CONFIG.format(path=path))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        if (Path(path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"expected a causal language model of transformers in {path}, found: {error}") from error
+    return model
 
 
 class SlotModel:
@@ -103,7 +114,7 @@ class SlotModel:
         from orz_async.weights.snapshot import digest_of, spec_of
 
         parameters = served_tensors(self.model)
-        given = self._match(parameters, tensors)
+        given = match_tensors(self.model, tensors)
         retyped = False
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -121,39 +132,6 @@ class SlotModel:
                     f"{list(expected.shape)}), the model holds {spec.checksum:08x} ({spec.dtype}, {list(spec.shape)})"
                 )
         return digest_of(specs)
-
-    def _match(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensor of each parameter, checked."""
-        first_name = {id(parameter): name for name, parameter in parameters.items()}
-        aliases = {
-            name: first_name[id(tensor)]
-            for name, tensor in (
-                *self.model.named_parameters(remove_duplicate=False),
-                *self.model.named_buffers(remove_duplicate=False),
-            )
-            if id(tensor) in first_name
-        }
-        given: dict[str, Tensor] = {}
-        for alias, tensor in tensors.items():
-            name = aliases.get(alias)
-            if name is None:
-                raise EngineError(
-                    f"unexpected tensor {alias!r}: the model has no parameter or persistent buffer of that name"
-                )
-            if tensor.shape != parameters[name].shape:
-                raise EngineError(
-                    f"tensor {alias!r}: expected shape {tuple(parameters[name].shape)}, found {tuple(tensor.shape)}"
-                )
-            if tensor.is_floating_point() != parameters[name].is_floating_point():
-                raise EngineError(f"tensor {alias!r}: expected {parameters[name].dtype}, found {tensor.dtype}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise EngineError(f"tensor {alias!r} ({tensor.dtype}) has values that are not finite numbers")
-            if name in given and not torch.equal(given[name], tensor):
-                raise EngineError(f"tensor {alias!r} differs from the one it is tied to, {name!r}")
-            given[name] = tensor
-        if missing := [name for name in parameters if name not in given]:
-            raise EngineError(f"{len(missing)} of {len(parameters)} tensors are missing, first {missing[0]!r}")
-        return given
 
     def _check_against_plain_forward(self) -> None:
         """Compare a prefill and decode steps with transformers' own attention: proof that this architecture fits."""

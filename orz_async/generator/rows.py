@@ -80,8 +80,8 @@ class Rows:
                 spans.pop()  # a version that sampled no token of this sequence
             spans.append(Span(version, start))
 
-    def sample(self, row: int, finish: Finish, now: float) -> Sample:
-        """What this row has produced, copied."""
+    def sample(self, row: int, finish: Finish, now: float, *, kept_kv: bool = False) -> Sample:
+        """What this row has produced, copied. `kept_kv`: its keys and values were never computed anew."""
         return Sample(
             lease=self.leases[row],
             response=self.response(row).copy(),
@@ -89,6 +89,7 @@ class Rows:
             spans=tuple(self._spans[row]),
             finish=finish,
             generate_s=now - self._started[row],
+            kv_version=self._spans[row][0].version if kept_kv else None,
         )
 
     def remove(self, row: int) -> int:

@@ -31,14 +31,25 @@ class StopMatcher:
         self._decode = decode
         self._tail = _CONTEXT + max((len(text.encode()) for text in stop), default=0)
         self._candidates_V = np.zeros(vocab_size, np.bool_)
+        self._whole: set[int] = set()
         if self._stop:
             ends = {text[-1] for text in stop} | {_PARTIAL}
             texts = _texts(decode, vocab_size)
-            self._candidates_V[:] = [not ends.isdisjoint(text) for text in texts]
+            for token, text in enumerate(texts):
+                self._candidates_V[token] = not ends.isdisjoint(text)
+                if any(stop in text for stop in self._stop):
+                    self._whole.add(token)
 
     def candidates(self, tokens_B: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these last tokens deserve a look at the text."""
         return self._candidates_V[tokens_B]
+
+    def candidate(self, token: int) -> bool:
+        return bool(self._candidates_V[token])
+
+    def whole(self) -> frozenset[int]:
+        """Tokens that hold a stop string by themselves: they end a response whatever came before."""
+        return frozenset(self._whole)
 
     def completed(self, response_T: NDArray[np.int32]) -> bool:
         text = self._decode(response_T[-self._tail :].tolist())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from orz_async.broker.messages import LeaseRef, Progress
 from orz_async.errors import EngineError
 from orz_async.generator.batch import Batch, pack_batch
-from orz_async.generator.engine import LeaseError, Sample, ref_of
+from orz_async.generator.engine import LeaseError, Sample, check_lease, ref_of
 from orz_async.generator.model import SlotModel
 from orz_async.generator.rows import Rows
 from orz_async.generator.sampler import sample, uniforms
@@ -79,16 +79,7 @@ class TransformersEngine:
         return self._tokens_sampled
 
     def submit(self, lease: Lease) -> None:
-        prompt, new = as_int32(lease.prompt), lease.sampling.max_new_tokens
-        if not len(prompt) or new < 1:
-            raise LeaseError(ref_of(lease), f"expected at least one prompt token and one new, got {len(prompt)}, {new}")
-        if len(prompt) + new > self._max_model_tokens:
-            raise LeaseError(
-                ref_of(lease),
-                f"{len(prompt)} prompt tokens and {new} new ones exceed max_model_tokens {self._max_model_tokens}",
-            )
-        if prompt.min() < 0 or prompt.max() >= self.vocab_size:
-            raise LeaseError(ref_of(lease), f"a prompt token is outside the vocabulary of {self.vocab_size}")
+        check_lease(lease, self._max_model_tokens, self.vocab_size)
         self._queues[lease.kind].append(lease)
 
     def cancel(self, lease: LeaseRef) -> None:
@@ -122,6 +113,10 @@ class TransformersEngine:
         if not self._keep_kv or self._model.cache.is_empty:
             self._rows.stale[: self._rows.count] = True
         return digest
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        return {}
 
     def progress(self) -> list[Progress]:
         work = self._rows.work[: self._rows.count].tolist()
@@ -212,7 +207,7 @@ class TransformersEngine:
                 self._failed.append(LeaseError(ref_of(rows.leases[row]), reason))
                 self._model.cache.clear(row)
             else:
-                done.append(rows.sample(row, finish, now))
+                done.append(rows.sample(row, finish, now, kept_kv=self._keep_kv))
         for row in reversed(leaving):
             self._remove(row)
         return done

@@ -93,6 +93,10 @@ class Workload:
         ref = ref_of(sample.lease)
         held = self._held[ref]
         held.stage, held.sample = Stage.GRADING, sample
+        if sample.kv_version is not None and len(sample.spans) > 1:
+            # Per token as runs, like the spans: [first token, versions by which its oldest key is older].
+            ages = [(span.start, span.version - sample.kv_version) for span in sample.spans]
+            self._events.emit("stale_kv", lease=ref, ages=ages, tokens=int((sample.kv_age_T() > 0).sum()))
         self._grader.submit((self._epoch, ref), serving.decode(sample.response), sample.lease.answer, sample.finish)
 
     def _fail(self, error: LeaseError) -> None:

@@ -59,12 +59,19 @@ def generator(config: Config, index: int) -> Command:
         "--verifiers": settings.verifiers,
         "--reconnect-s": settings.reconnect_s,
     }
-    argv = [sys.executable, "-m", "orz_async.generator"]
+    if settings.engine == "vllm":
+        options |= {
+            "--tensor-parallel": settings.tensor_parallel,
+            "--data-parallel": settings.data_parallel,
+            "--kv-gb": settings.kv_gb,
+        }
+    argv = [settings.python or sys.executable, "-m", "orz_async.generator"]
     argv += [str(word) for option in options.items() for word in option]
     if settings.keep_kv:
         argv.append("--keep-kv")
     if config.weights.relays:
         argv += ["--relay", "tcp://127.0.0.1:0"]
+    argv += [word for option in settings.vllm for word in ("--vllm", option)]
     return Command(f"generator-g{index}", tuple(argv), threads(settings.threads))
 
 
