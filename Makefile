@@ -76,7 +76,7 @@ $(VLLM_STAMP): .ci/vllm-requirements.txt .ci/vllm-wheel.txt pyproject.toml setup
 	$(VLLM_BIN)/python -m pip install -q $(TORCH) -r .ci/vllm-requirements.txt "tyro>=1.0" "rich>=14" \
 		"math-verify>=0.9,<0.10" "matplotlib>=3.9" "pytest>=9" "pytest-timeout>=2.4" "pybind11>=3.0" wheel
 	$(VLLM_BIN)/python -m pip install -q --no-deps --require-hashes -r .ci/vllm-wheel.txt
-	ORZ_CUDA=OFF $(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 # `timeout`: an engine that hangs must not hang a commit.
