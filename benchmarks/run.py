@@ -5,6 +5,7 @@ gpu   the kernels on a CUDA device, against float64 and their peers
 wire  trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async the same run at S = 0 and S = 1, side by side (minutes)
 weights  the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
+learning  the demo at S = 0 to 8, both objectives, lambda, no critic, two seeds; at most 25 minutes, and a figure
 
 `--compare A B` prints the rows two result files share, and their ratio.
 """
@@ -46,8 +47,15 @@ def compare(first: Path, second: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async", "weights"])
-    parser.add_argument("--only", nargs="*", default=[], help=f"parts of the cpu suite: {', '.join(CPU_PARTS)}")
+    parser.add_argument("suite", nargs="?", choices=["cpu", "gpu", "wire", "async", "weights", "learning"])
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help=f"parts of the cpu suite ({', '.join(CPU_PARTS)}), or variants of learning",
+    )
+    parser.add_argument("--steps", type=int, help="learning: learner steps of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="learning: seeds of each variant")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
@@ -63,10 +71,18 @@ def main() -> None:
         print(save(options.suite, rows, device=cpu_name(), out=options.out))
     elif options.suite == "weights":
         print(save("weights", cpu(["weights"]), device=cpu_name(), out=options.out))
+    elif options.suite == "learning":
+        learning = importlib.import_module("benchmarks.learning")
+        rows = learning.run(
+            steps=options.steps or learning.STEPS, seeds=tuple(range(options.seeds)), only=tuple(options.only)
+        )
+        print(table(rows))
+        path = save("learning", rows, device=cpu_name(), out=options.out)
+        print(path, learning.draw(rows, path.with_suffix(".png")))
     elif options.suite == "cpu":
         print(save("cpu", cpu(options.only), device=cpu_name(), out=options.out))
     else:
-        parser.error("name a suite: cpu, gpu, wire, async or weights")
+        parser.error("name a suite: cpu, gpu, wire, async, weights or learning")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ Start the learner and the generators of a run on this machine, show them, end th
 The same command continues a run that was stopped. Ctrl-C saves and stops; a second one leaves at once.
 
 options:
-  --dry-run        print the complete configuration as TOML and what would be started; start nothing
+  --dry-run        print the complete configuration as TOML, the files it needs, the memory of each GPU by part and
+                   what would be started; start nothing
   --resume         continue the run in run_dir with changed settings, or a finished one with more --steps
   --overwrite      delete the run in run_dir and start anew
-  --ranks N        learner processes that torchrun starts (default: 1)
+  --ranks N        learner processes that torchrun starts (default: the recipe's GPUs for learning, else 1)
   --drain-s S      seconds the learner may take to save after Ctrl-C (default: 300)
   -h, --help       this text and every setting with its meaning
 """
@@ -59,6 +60,8 @@ commands:
   keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
   verify RUN       recompute from journal and event logs whether the run kept its promises
   replay RUN       train again from the journal of a run, without generators
+  eval MODEL       score a model on a file of problems: avg@k, pass@k, results per problem
+  hard RUN         write the prompts a run rarely solved as training data for a second stage
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
   sim              the ledger in a simulated world with faults: histories, violations
@@ -66,7 +69,7 @@ commands:
 
 `orz COMMAND --help` says more. Exit codes: 0 done, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 wire,
 6 port, 7 lost peer, 8 not a finite number, 9 disk, 10 checkpoint, 11 engine, 12 broken promise,
-130 stopped and saved.
+13 memory, 130 stopped and saved.
 """
 
 
@@ -97,11 +100,14 @@ def take_number(argv: list[str], name: str, default: float) -> float:
 
 def run(argv: list[str]) -> int:
     from orz_async.cli_config import HELP, parse_config
+    from orz_async.recipes import LAYOUTS
 
     if not HELP.isdisjoint(argv):
         print(RUN_USAGE)
     dry, resume, overwrite = (take_flag(argv, name) for name in ("--dry-run", "--resume", "--overwrite"))
-    ranks, drain_s = take_number(argv, "--ranks", 1), take_number(argv, "--drain-s", 300.0)
+    layout = LAYOUTS.get(argv[0].replace("-", "_")) if argv else None
+    ranks = take_number(argv, "--ranks", layout.learner_gpus if layout else 1)
+    drain_s = take_number(argv, "--drain-s", 300.0)
     config = parse_config(argv)
     if ranks != int(ranks):
         raise ConfigError(f"expected a whole number for --ranks, found {ranks}")
@@ -239,7 +245,8 @@ def export(argv: list[str]) -> int:
     out = options.out or options.run / "export"
     from orz_async.learner import checkpoint
     from orz_async.learner.export import export as write
-    from orz_async.learner.model import build_critic, load_policy
+    from orz_async.learner.hf_directory import inspect
+    from orz_async.learner.model import meta_models
     from orz_async.learner.parallel import World
     from orz_async.learner.trainer import Trainer
 
@@ -248,10 +255,11 @@ def export(argv: list[str]) -> int:
         raise ConfigError(f"expected a checkpoint in {options.run}, found none; train at least checkpoint.every steps")
     for damage in found.damaged:
         print(f"left out: {damage}", file=sys.stderr)
-    policy = load_policy(config.model.path)
+    with_critic = config.learner.estimator == "gae"
+    policy, critic = meta_models(inspect(config.model.path), seed=config.seed, with_critic=with_critic)
     world = World.start(need_group=config.model.dtype != "float32")
     try:
-        trainer = Trainer(config, policy, build_critic(policy, seed=config.seed), world)
+        trainer = Trainer(config, policy, critic, world)
         checkpoint.restore(trainer, found.path)
         write(trainer, source=Path(config.model.path), target=out)
     finally:
@@ -279,6 +287,73 @@ def keys(argv: list[str]) -> int:
     return run_keys(argv)
 
 
+def evaluate(argv: list[str]) -> int:
+    from orz_async.evaluate.score import Settings, summary, write
+    from orz_async.evaluate.score import evaluate as score
+
+    own = Settings()
+    parser = argparse.ArgumentParser(
+        "orz eval",
+        description="Score a Hugging Face directory, or the export of a run, on a file of problems.",
+        epilog="Reads ORZ JSON (training and evaluation form) and JSONL. Equal seeds give equal responses.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model directory, or folder of a run with an export")
+    parser.add_argument("--data", type=Path, required=True, help="file of problems")
+    parser.add_argument("--samples", type=int, default=1, help="samples of each problem: the k of avg@k (%(default)s)")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N problems")
+    parser.add_argument("--temperature", type=float, default=own.temperature, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=own.max_new_tokens, help="(%(default)s)")
+    parser.add_argument("--template", choices=("orz", "chat", "plain"), default=own.template, help="(%(default)s)")
+    parser.add_argument("--stop", nargs="*", default=list(own.stop), help="strings that end a response (%(default)s)")
+    parser.add_argument("--slots", type=int, default=own.slots, help="sequences decoded at once (%(default)s)")
+    parser.add_argument("--threads", type=int, default=own.threads, help="CPU threads (%(default)s)")
+    parser.add_argument("--device", default=own.device, help="cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument("--seed", type=int, default=own.seed, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for problems.jsonl and summary.json (default: MODEL/eval)")
+    options = vars(parser.parse_args(argv))
+    model, data, out = options.pop("model"), options.pop("data"), options.pop("out")
+    if options["samples"] < 1 or options["max_new_tokens"] < 1 or not options["temperature"] > 0:
+        raise ConfigError("expected --samples, --max-new-tokens and --temperature to be positive")
+    found = model / "export" if (model / "export").is_dir() else model
+    settings = Settings(**options | {"stop": tuple(options["stop"])})
+    with Progress() as progress:
+        rows = score(found, data, settings, lambda n, all_of: progress(f"{n} of {all_of} responses", n / all_of))
+    told = {"model": str(found), "data": str(data)} | summary(rows, settings.samples)
+    write(out or model / "eval", rows, told)
+    estimates = {f"avg@{settings.samples}": told[f"avg@{settings.samples}"]}
+    estimates |= {f"pass@{k}": estimate for k, estimate in told["pass"].items()}
+    for name, of in estimates.items():
+        print(f"{name:8} {of['value']:.4f}  (95 % interval {of['low']:.4f} to {of['high']:.4f})")
+    print(f"{told['problems']} problems, {told['length_mean']:.1f} tokens a response; {out or model / 'eval'}")
+    return 0
+
+
+def hard(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "orz hard",
+        description="Mine the journal of a run for prompts solved in fewer than BELOW of OF samples; prompts with "
+        "fewer samples are not judged. Train on the file with --data.train, from the export with --model.path.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--below", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--of", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (default: RUN/hard.jsonl)")
+    options = parser.parse_args(argv)
+    from orz_async.broker.segments import read
+    from orz_async.config_toml import load
+    from orz_async.data.hard import hard_problems, tally, write
+
+    if not 0 < options.below <= options.of:
+        raise ConfigError(f"expected 0 < --below <= --of, found {options.below} and {options.of}")
+    config = load(options.run / "config.toml")
+    tallies = tally(read(options.run / "journal"))
+    found = hard_problems(config.data.train, tallies, below=options.below, of=options.of)
+    out = options.out or options.run / "hard.jsonl"
+    write(out, found)
+    print(f"{out}: {len(found)} of {len(tallies)} prompts were solved in fewer than {options.below} of {options.of}")
+    return 0
+
+
 def version(argv: list[str]) -> int:
     argparse.ArgumentParser("orz version", description="Versions for bug reports.").parse_args(argv)
     for name, number in versions().items():
@@ -293,6 +368,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "summary": summary,
     "verify": verify,
     "replay": replay,
+    "eval": evaluate,
+    "hard": hard,
     "export": export,
     "plan": plan,
     "sim": sim,

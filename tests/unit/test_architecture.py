@@ -19,6 +19,7 @@ LAYERS = {
     "cli_config": 8,
     "cli_keys": 8,
     "recipes": 7,
+    "evaluate": 7,
     "learner": 6,
     "generator": 6,
     "sim": 5,
@@ -100,6 +101,8 @@ def test_leaves_import_nothing_of_ours() -> None:
         "orz_async.data.source",
         "orz_async.reward.pool",
         "orz_async.generator.engine",
+        "orz_async.evaluate.score",
+        "orz_async.learner.memory",
     ],
 )
 def test_import_is_light(module: str) -> None:
