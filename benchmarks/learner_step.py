@@ -86,16 +86,18 @@ def learner(batch: list[Trajectory]) -> Callable[[], None]:
 
 def bare(batch: list[Trajectory]) -> Callable[[], None]:
     engine = trainer()
+    critic = engine.critic
+    assert critic is not None
     started = engine.begin(batch)
     whole = started.whole.microbatches
     parts = [engine._round(started.batch, part).microbatches for part in split(started.batch, 4, seed=(0, 0, 2))]
     policy_adam = torch.optim.AdamW(engine.policy.parameters(), lr=2e-4, fused=True)
-    critic_adam = torch.optim.AdamW(engine.critic.parameters(), lr=1e-3, fused=True)
+    critic_adam = torch.optim.AdamW(critic.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
         with torch.no_grad():
             for micro in whole:
-                engine.critic(micro)
+                critic(micro)
         for micro in whole:
             logprobs_M, _ = engine.policy(micro, temperature=1.0)
             torch.autograd.backward(logprobs_M.mean())
@@ -103,7 +105,7 @@ def bare(batch: list[Trajectory]) -> Callable[[], None]:
         policy_adam.zero_grad()
         for part in parts:
             for micro in part:
-                torch.autograd.backward(engine.critic(micro).square().mean())
+                torch.autograd.backward(critic(micro).square().mean())
             critic_adam.step()
             critic_adam.zero_grad()
 

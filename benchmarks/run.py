@@ -5,8 +5,9 @@ gpu     the kernels on a CUDA device, against float64 and their peers
 wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
+learning the demo at S = 0 to 8, both objectives, lambda, no critic, two seeds: 25 minutes at most, and a figure
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
-all     every suite but gpu, one after the other
+all     every suite but gpu and learning, one after the other
 
 `--compare A B` prints the rows two result files share, and their ratio. `--check` compares with the last committed
 result of the same kind of machine, and ends with 1 where something became worse beyond the spread of both.
@@ -56,8 +57,10 @@ def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suite", nargs="?", choices=[*SUITES, "gpu", "all"])
-    parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only")
+    parser.add_argument("suite", nargs="?", choices=[*SUITES, "gpu", "learning", "all"])
+    parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only, or variants of learning")
+    parser.add_argument("--steps", type=int, help="learning: learner steps of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="learning: seeds of each variant (%(default)s)")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--check", action="store_true", help="compare with the last committed result, 1 if worse")
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
@@ -70,6 +73,12 @@ def main() -> None:
     elif options.suite == "gpu":
         problems: int = importlib.import_module("benchmarks.gpu_ops").run(options.out, options.dry_run)
         raise SystemExit(1 if problems else 0)
+    elif options.suite == "learning":
+        learning = importlib.import_module("benchmarks.learning")
+        steps, seeds = options.steps or learning.STEPS, tuple(range(options.seeds))
+        rows = learning.run(steps=steps, seeds=seeds, only=tuple(options.only))
+        path = save("learning", rows, device=cpu_name(), out=options.out)
+        print(table(rows), path, learning.draw(rows, path.with_suffix(".png")), sep="\n")
     else:
         suites = list(SUITES) if options.suite == "all" else [options.suite]
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:

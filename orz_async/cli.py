@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from orz_async.cli_keys import run as keys
-from orz_async.cli_runs import export, report, summary, top, trace, verify
+from orz_async.cli_runs import evaluate, export, hard, report, summary, top, trace, verify
 from orz_async.cli_setup import build_base, doctor, init, make_base
 from orz_async.errors import ConfigError
 from orz_async.observe.process import run_main
@@ -26,10 +26,11 @@ Start the learner and the generators of a run on this machine, show them, end th
 The same command continues a run that was stopped. Ctrl-C saves and stops; a second one leaves at once.
 
 options:
-  --dry-run        print the complete configuration as TOML and what would be started; start nothing
+  --dry-run        print the complete configuration as TOML, the files it needs, the memory of each GPU by part and
+                   what would be started; start nothing
   --resume         continue the run in run_dir with changed settings, or a finished one with more --steps
   --overwrite      delete the run in run_dir and start anew
-  --ranks N        learner processes that torchrun starts (default: 1)
+  --ranks N        learner processes that torchrun starts (default: the recipe's GPUs for learning, else 1)
   --drain-s S      seconds the learner may take to save after Ctrl-C (default: 300)
   -h, --help       this text and every setting with its meaning
 """
@@ -67,6 +68,8 @@ commands:
   verify RUN       recompute from journal and event logs whether the run kept its promises
   replay RUN       train again from the journal of a run, without generators
   trace RUN        the timeline of a run for ui.perfetto.dev
+  eval MODEL       score a model on a file of problems: avg@k, pass@k, results per problem
+  hard RUN         write the prompts a run rarely solved as training data for a second stage
   export RUN       write the newest checkpoint of a run as a Hugging Face directory
   keys COMMAND     open a run to other machines: make, list, revoke and rotate keys
   plan RECIPE      which split of GPUs and which lag: predicted by simulation (orz plan --run RUN compares)
@@ -75,7 +78,7 @@ commands:
 
 `orz COMMAND --help` says more. Exit codes: 0 done, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 wire,
 6 port, 7 lost peer, 8 not a finite number, 9 disk, 10 checkpoint, 11 engine, 12 broken promise,
-130 stopped and saved.
+13 memory, 130 stopped and saved.
 """
 
 
@@ -106,11 +109,14 @@ def take_number(argv: list[str], name: str, default: float) -> float:
 
 def run(argv: list[str]) -> int:
     from orz_async.cli_config import HELP, parse_config
+    from orz_async.recipes import LAYOUTS
 
     if not HELP.isdisjoint(argv):
         print(RUN_USAGE)
     dry, resume, overwrite = (take_flag(argv, name) for name in ("--dry-run", "--resume", "--overwrite"))
-    ranks, drain_s = take_number(argv, "--ranks", 1), take_number(argv, "--drain-s", 300.0)
+    layout = LAYOUTS.get(argv[0].replace("-", "_")) if argv else None
+    ranks = take_number(argv, "--ranks", layout.learner_gpus if layout else 1)
+    drain_s = take_number(argv, "--drain-s", 300.0)
     config = parse_config(argv)
     if ranks != int(ranks):
         raise ConfigError(f"expected a whole number for --ranks, found {ranks}")
@@ -194,6 +200,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "replay": replay,
     "trace": trace,
+    "eval": evaluate,
+    "hard": hard,
     "export": export,
     "keys": keys,
     "plan": plan,

@@ -149,15 +149,29 @@ class LearnerConfig:
     warmup_steps: int = 50
     """Learner steps over which both learning rates rise linearly from 0."""
     lr_final: float = 1.0
-    """Fraction of both learning rates that is left at the end of the run, falling linearly; 1 keeps them constant."""
+    """Fraction of both learning rates that is left at the end of the run; 1 keeps them constant."""
+    lr_schedule: Literal["linear", "cosine"] = "linear"
+    """How they fall towards lr_final."""
     policy_steps: int = 1
     """P: optimizer steps of the policy over the rollouts of one learner step."""
     critic_steps: int = 12
     """K: optimizer steps of the critic over the same rollouts, one K-th of them each."""
+    critic_warmup_steps: int = 0
+    """Learner steps at the start of the run that train the critic alone; the policy is frozen, its version goes on."""
+    estimator: Literal["gae", "grpo", "reinforce"] = "gae"
+    """Advantages: from the critic; or without one, for comparison: reward against the other samples of its prompt, in
+    units of their spread (grpo), or against the mean of the step (reinforce)."""
     gamma: float = 1.0
     lam: float = 1.0
     objective: Literal["ppo", "decoupled"] = "ppo"
     """ppo clips around the policy that sampled; decoupled around the policy at the start of the step."""
+    proximal: Literal["recomputed", "interpolated"] = "recomputed"
+    """Decoupled with P > 1: the proximal log-probs by a forward pass of their own, or by a mix of sampled and current
+    ones that leans to the current ones the staler a token is."""
+    mismatch_mask: Literal["none", "token", "sequence"] = "none"
+    """Leave out tokens, or whole rollouts by their mean, whose probability under the policy at the start of the step
+    and under the engine differ by more than a factor of mismatch_mask_above. Costs a forward pass."""
+    mismatch_mask_above: float = 2.0
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -170,6 +184,17 @@ class LearnerConfig:
     grad_clip: float = 1.0
     max_tokens: int = 16384
     """Tokens of one packed microbatch; a longer sequence gets a microbatch of its own."""
+    shard_ranks: int = 0
+    """Ranks that share one copy of weights and optimizer, the others replicate it: the GPUs of a node, where nodes are
+    far apart. 0: all ranks share one copy."""
+    activation_checkpointing: bool = False
+    """A layer keeps only its input and is computed again for its gradient: a third more time, a tenth of the memory."""
+    offload_optimizer: bool = False
+    """Optimizer moments live in host memory between the optimizer's steps."""
+    offload_critic: bool = False
+    """The critic lives in host memory while the policy trains."""
+    compile: bool = False
+    """torch.compile each layer: minutes at the start, faster steps on a GPU."""
     threads: int = 1
     """CPU threads of one learner rank."""
     audit_rollouts: int = 4
@@ -182,6 +207,15 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "critic_lr"):
             _require(getattr(self, name) >= 0, f"learner.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("critic_warmup_steps", "shard_ranks"):
+            _require(getattr(self, name) >= 0, f"learner.{name} must be at least 0, got {getattr(self, name)}")
+        _require(
+            self.mismatch_mask_above > 1, f"learner.mismatch_mask_above must exceed 1, got {self.mismatch_mask_above}"
+        )
+        _require(
+            not (self.critic_warmup_steps and self.estimator != "gae"),
+            f"learner.critic_warmup_steps must be 0 without a critic (learner.estimator = {self.estimator})",
+        )
         for name in ("policy_steps", "critic_steps", "max_tokens", "threads"):
             _require(getattr(self, name) > 0, f"learner.{name} must be positive, got {getattr(self, name)}")
         for name in ("gamma", "lam", "lr_final"):
@@ -215,6 +249,37 @@ class WeightsConfig:
             not self.relays or self.transport == "stream",
             f"weights.relays goes with weights.transport = stream, got {self.transport}",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What the learner does when its numbers are wrong, and which numbers are alarming. none switches an alarm off."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss, gradient, value or log-prob that is not finite: end with exit code 8, or leave the update out and go on.
+    The rollouts of the step are kept in RUN/kept either way."""
+    max_skips: int = 3
+    """Steps in a row that may be left out before the run stops all the same."""
+    truncated_above: float | None = 0.5
+    """Alarm truncation_rate: share of rollouts that ran into the length limit."""
+    length_drift_above: float | None = 2.0
+    """Alarm length_drift: factor, up or down, between the mean length and its average over the last 20 steps."""
+    entropy_below: float | None = 0.25
+    """Alarm entropy_collapse: the policy's entropy as a fraction of its average over the last 20 steps."""
+    mismatch_kl_above: float | None = 1e-2
+    """Alarm mismatch_kl: KL(engine || learner) over tokens of equal weights."""
+    clip_mass_above: float | None = 0.25
+    """Alarm clip_mass: share of the tokens of one lag whose ratio is outside the clip range."""
+    tighten: tuple[Literal["truncation_rate", "length_drift", "entropy_collapse", "mismatch_kl", "clip_mass"], ...] = ()
+    """Alarms that lower the staleness bound S by one for the next tighten_steps learner steps."""
+    tighten_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("max_skips", "tighten_steps"):
+            _require(getattr(self, name) > 0, f"guard.{name} must be positive, got {getattr(self, name)}")
+        for name in ("truncated_above", "length_drift_above", "entropy_below", "mismatch_kl_above", "clip_mass_above"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"guard.{name} must be at least 0 or none, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,6 +377,7 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)

@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 10  # no checkpoint can be loaded
     ENGINE = 11  # the inference engine died
     BROKEN = 12  # a run does not keep what the ledger promises: orz verify
+    MEMORY = 13  # the device has too little memory for a microbatch
     INTERRUPTED = 130  # stopped by a signal before the run was complete, state saved
 
 
@@ -75,6 +76,10 @@ class EngineError(OrzError):
 
 class BrokenPromiseError(OrzError):
     exit_code = ExitCode.BROKEN
+
+
+class OutOfMemoryError(OrzError):
+    exit_code = ExitCode.MEMORY
 
 
 class Interrupted(OrzError):

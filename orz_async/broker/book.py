@@ -21,6 +21,8 @@ class Book:
         self.config = config
         self.prompt_id = prompt_id
         self.version = 0
+        self.tightened = 0
+        """Versions by which the learner lowered S for the time being; not part of a snapshot."""
         self.limit = self._limit()
         """Rollouts below this number may be granted at the present version."""
         self.next_rollout = 0
@@ -42,12 +44,21 @@ class Book:
         self._open: Counter[int] = Counter()
         """By nominal step: rollouts LOST or HELD."""
 
+    @property
+    def head_start(self) -> int:
+        """S - W, or less while it is tightened. Admission then only comes later, so every bound still holds."""
+        return max(0, self.config.head_start - self.tightened)
+
     def floor(self, number: int) -> int:
         """The oldest version that may sample this rollout."""
-        return max(0, number // self.config.rollouts_per_step - self.config.head_start)
+        return max(0, number // self.config.rollouts_per_step - self.head_start)
+
+    def tighten(self, by: int) -> None:
+        self.tightened = by
+        self.limit = self._limit()
 
     def _limit(self) -> int:
-        steps = min(self.version + self.config.head_start + 1, self.config.total_steps)
+        steps = min(self.version + self.head_start + 1, self.config.total_steps)
         return steps * self.config.rollouts_per_step
 
     @property

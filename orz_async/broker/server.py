@@ -219,6 +219,10 @@ class Broker:
         """The ledger as it is, for the checkpoint with the weights of the present version."""
         return self._call(self._service.snapshot)
 
+    def tighten(self, by: int) -> None:
+        """Grant new rollouts as if max_lag were this much smaller. What was granted before keeps its own bound."""
+        self._call(lambda: self._service.tighten(by))
+
     def checkpointed(self, oldest_version: int) -> None:
         """A checkpoint is committed and older ones are pruned; the oldest one kept has weights of this version.
 

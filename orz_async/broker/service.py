@@ -274,6 +274,9 @@ class Service:
     def evaluate(self, version: int) -> None:
         self.apply(Evaluate(version))
 
+    def tighten(self, by: int) -> None:
+        self.ledger.book.tighten(by)
+
     def evaluation_complete(self, version: int) -> bool:
         return self.ledger.evals.complete(version)
 

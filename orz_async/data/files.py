@@ -15,7 +15,8 @@ MAX_PROBLEM_CHARS = 100_000
 MAX_ANSWER_CHARS = 4_096
 
 ROW_FORMS = (
-    'either {"prompt": TEXT, "answer": TEXT} or the ORZ form '
+    'either {"prompt": TEXT, "answer": TEXT}, the ORZ evaluation form '
+    '{"prompt": [{"value": TEXT}], "final_answer": TEXT}, or the ORZ form '
     '[{"from": "human", "value": TEXT}, {"from": "assistant", "ground_truth": {"value": TEXT}}]'
 )
 
@@ -132,6 +133,9 @@ def _problem(row: Any, where: str) -> Problem:
 
 def _fields(row: Any) -> tuple[Any, Any]:
     if isinstance(row, dict):
+        if "final_answer" in row:  # the ORZ evaluation form
+            first = row["prompt"][0] if isinstance(row.get("prompt"), list) and row["prompt"] else None
+            return (first.get("value") if isinstance(first, dict) else None), row["final_answer"]
         return row.get("prompt"), row.get("answer")
     if isinstance(row, list) and len(row) >= 2 and isinstance(row[0], dict) and isinstance(row[1], dict):
         truth = row[1].get("ground_truth")

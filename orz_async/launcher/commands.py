@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orz_async.config import Config
 from orz_async.config_toml import to_toml
+from orz_async.launcher.plan import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +85,5 @@ def dry_run(config: Config, ranks: int) -> str:
     """The resolved configuration and what would be started. The whole is TOML: it can be saved and run."""
     all_of_it = commands(config, ranks)
     lines = [f"# {command}" for command in (all_of_it.learner, *all_of_it.generators)]
-    return "\n".join([to_toml(config), "# Would start:", *lines])
+    needs = [f"# {line}" for line in describe(config, ranks)]
+    return "\n".join([to_toml(config), *needs, "# Would start:", *lines])

@@ -12,11 +12,17 @@ The way of one step through the folder::
     trainer.py   values ──► advantages ──► policy update │ critic update    every rank, collectives in the same order
        │            batch.py        trajectories as flat arrays of the step, packed microbatches
        │            advantage.py    rewards, GAE, whitening, loss weights: pure functions
+       │            correction.py   proximal policy, masks by mismatch: pure functions
+       │            step.py         what a step, a round and an update's report hold
        │            model.py        policy and critic: backbone, response rows, head inside the root module
-       │            attention.py    packed tokens in, causal attention within each sequence
+       │            head.py         the fused head, or chunks where the family caps its logits
+       │            attention.py    packed tokens in, causal attention within each sequence; varlen.py: on a GPU
+       │            loading.py      built without memory, sharded, then filled from the files
        │            optim.py        AdamW, warm-up, clipping, the check that nothing is infinite
        │            parallel.py     ranks: messages, sums, keepalive, FSDP2
        │
+    alarms.py, kept.py                       what is alarming, and lowers S; rollouts of a step that went wrong
+    memory.py                                memory of a GPU by part, without torch
     lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
     hf_directory.py, export.py               from and to a Hugging Face directory

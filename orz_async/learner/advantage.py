@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +30,28 @@ def advantages(
     rewards_R = terminal_rewards(rewards_B, cu_responses_B1, len(values_R))
     advantages_R, returns_R = ops.gae(rewards_R, values_R, cu_responses_B1, gamma=gamma, lam=lam)
     return ops.whiten(advantages_R), returns_R
+
+
+def outcome_advantages(
+    rewards_B: Tensor, groups: Sequence[str], lengths_B: Tensor, *, estimator: Literal["grpo", "reinforce"]
+) -> Tensor:
+    """[R]: every token of a rollout has the same advantage, and there is no critic.
+
+    grpo       (reward - mean of its prompt's samples) / (their standard deviation + 1e-6)  (arXiv:2402.03300, sec. 4.1)
+    reinforce  reward - mean of the step, whitened over the tokens of the step  (arXiv:2501.03262)
+
+    `groups` names the prompt of each rollout; a prompt whose samples agree, or with one sample, teaches grpo nothing.
+    """
+    if estimator == "reinforce":
+        return ops.whiten((rewards_B - rewards_B.mean()).repeat_interleave(lengths_B))
+    members: dict[str, list[int]] = defaultdict(list)
+    for b, group in enumerate(groups):
+        members[group].append(b)
+    advantages_B = torch.empty_like(rewards_B)
+    for rows in members.values():
+        rewards_G = rewards_B[rows]
+        advantages_B[rows] = (rewards_G - rewards_G.mean()) / (rewards_G.std(correction=0) + 1e-6)
+    return advantages_B.repeat_interleave(lengths_B)
 
 
 def explained_variance(values_R: Tensor, returns_R: Tensor) -> float | None:

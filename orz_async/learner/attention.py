@@ -1,8 +1,9 @@
 """Causal attention within each sequence of a packed [1, N] batch, behind transformers' attention interface.
 
-Linear layers, norms and rotary embeddings see the packed tokens, so padding costs them nothing. Only the attention
-itself is computed on right-padded groups of sequences of similar length. That is exact: a padded key stands after every
-real query of its row, so the causal mask already hides it, and the rows of padded queries are dropped.
+Linear layers, norms and rotary embeddings see the packed tokens, so padding costs them nothing. On a GPU the attention
+kernel reads the sequences where they lie (`varlen.py`). On CPU attention alone is computed on right-padded groups of
+sequences of similar length. That is exact: a padded key stands after every real query of its row, so the causal mask
+already hides it, and the rows of padded queries are dropped.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from orz_async.errors import ModelError
+from orz_async.learner import varlen
 
 NAME = "orz_varlen"
 """What `attn_implementation` is called in a model that runs packed."""
@@ -65,6 +68,13 @@ class PackedLayout:
         self.copied_C = self.source_P[self.copies_C]
         """[further copies of shared tokens]: the packed tokens."""
         self._windows: dict[tuple[int, int], Tensor] = {}
+        self.longest = max(map(len, rows_B))
+        in_order = np.array_equal(np.concatenate(list(rows_B)), np.arange(self.num_tokens))
+        self.in_order = in_order
+        """The sequences share no rows and follow each other: kernels can read them where they lie."""
+        ends = np.cumsum([0, *map(len, rows_B)]) if in_order else np.zeros(1)
+        self.cu_seqlens_B1 = torch.from_numpy(ends.astype(np.int32)).to(device)
+        self.blocks: dict[int | None, BlockMask] = {}
 
     @classmethod
     def from_lengths(cls, lengths_B: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
@@ -173,6 +183,9 @@ def packed_attention(
             f"{type(module).__name__}: expected attention without dropout, position bias or sinks, found one of them; "
             "this model family cannot be trained packed"
         )
+    kernel = varlen.best(query) if layout.in_order else None
+    if kernel is not None:
+        return kernel(query, key, value, layout, scaling=scaling, window=sliding_window, softcap=softcap), None
     sizes = [count * length for count, length in layout.groups]
     # split, not slices: its backward writes one tensor, where each slice would fill a whole one with zeros and add it.
     padded = zip(*(torch.split(_pad(x, layout), sizes) for x in (query, key, value)), strict=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from orz_async.config import Config
 from orz_async.learner.batch import StepBatch, make_microbatch, pack_part
 from orz_async.learner.lag_table import LagTable
+from orz_async.learner.loading import materialise
 from orz_async.learner.model import Policy
 from orz_async.learner.parallel import like
 
@@ -34,7 +35,9 @@ class Auditor:
         self._device = device
         self._versions: dict[int, dict[str, Tensor]] = {}
         if self.enabled:
-            self._policy = copy.deepcopy(policy).to(device, getattr(torch, config.model.dtype))
+            self._policy = copy.deepcopy(policy)
+            materialise(self._policy, device)
+            self._policy.to(getattr(torch, config.model.dtype))
 
     def remember(self, version: int, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copy a version that is being published; versions no token may have any more are forgotten."""

@@ -131,9 +131,11 @@ def _write(directory: Path, trainer: Trainer, identity: Identity, ledger: bytes)
 def _states(trainer: Trainer) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """All ranks, exhausting it: one file's tensors after the other, whole; the other ranks keep none of them."""
     yield "policy", _collect(trainer, full_parameters(trainer.policy))
-    yield "critic", _collect(trainer, full_parameters(trainer.critic))
+    # Without a critic its two files are there and empty: the layout stays one.
+    critic, optimizer = trainer.critic, trainer.critic_optimizer
+    yield "critic", _collect(trainer, full_parameters(critic) if critic is not None else iter(()))
     yield "policy_optimizer", _collect(trainer, trainer.policy_optimizer.full_state())
-    yield "critic_optimizer", _collect(trainer, trainer.critic_optimizer.full_state())
+    yield "critic_optimizer", _collect(trainer, optimizer.full_state() if optimizer is not None else iter(()))
     rng = trainer.world.gather(torch.get_rng_state())
     yield "rng", {f"cpu.{rank}": state for rank, state in enumerate(rng)}
 
@@ -248,7 +250,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     """All ranks, each reading the whole files: weights, optimizers, step, and the random state of its own rank."""
     tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
     for name, module in (("policy", trainer.policy), ("critic", trainer.critic)):
-        parameters = dict(module.named_parameters())
+        parameters = dict(module.named_parameters()) if module is not None else {}
         shapes = {key: tuple(p.shape) for key, p in parameters.items()}
         found = {key: tuple(t.shape) for key, t in tensors[name].items()}
         if shapes != found:
@@ -261,7 +263,8 @@ def restore(trainer: Trainer, path: Path) -> None:
             for key, parameter in parameters.items():
                 parameter.copy_(like(tensors[name][key], parameter))
     trainer.policy_optimizer.load(tensors["policy_optimizer"])
-    trainer.critic_optimizer.load(tensors["critic_optimizer"])
+    if trainer.critic_optimizer is not None:
+        trainer.critic_optimizer.load(tensors["critic_optimizer"])
     state = tensors["rng"].get(f"cpu.{trainer.world.rank}")
     if state is not None:
         torch.set_rng_state(state)

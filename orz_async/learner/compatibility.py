@@ -9,10 +9,12 @@ from orz_async.errors import CheckpointError
 from orz_async.learner.checkpoint import Found, plain
 
 _FREE = (
-    *("run_dir", "steps", "generator", "weights", "eval", "checkpoint", "journal", "observe"),
+    *("run_dir", "steps", "generator", "weights", "guard", "eval", "checkpoint", "journal", "observe"),
     *("model.path", "broker.bind", "broker.lease_s", "broker.heartbeat_s", "broker.max_attempts"),
     *("broker.wait_generators_s", "learner.threads", "learner.audit_rollouts"),
     *("learner.mismatch_warn", "learner.mismatch_stop", "learner.max_tokens"),
+    *("learner.shard_ranks", "learner.activation_checkpointing", "learner.offload_optimizer"),
+    *("learner.offload_critic", "learner.compile"),
 )
 """Settings and whole sections that change speed, place or what is reported. `max_tokens` changes rounding only, unless
 losses are averaged by pack; `steps` only the end, unless learning rates fall towards it."""

@@ -33,14 +33,15 @@ def export(trainer: Trainer, *, source: Path, target: Path) -> None:
     """
     dtype = getattr(torch, trainer.config.model.dtype)
     policy = _collect(trainer, full_parameters(trainer.policy), dtype)
-    critic = _collect(trainer, full_parameters(trainer.critic), dtype)
+    critic = _collect(trainer, full_parameters(trainer.critic), dtype) if trainer.critic is not None else None
     if not trainer.world.is_first:
         return
     temporary = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         _write_model(temporary, _config(trainer.policy.config, dtype), policy, source)
-        _write_model(temporary / "critic", _critic_config(trainer.policy.config, dtype), critic, source)
+        if critic is not None:
+            _write_model(temporary / "critic", _critic_config(trainer.policy.config, dtype), critic, source)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

@@ -72,10 +72,11 @@ def _learn(trainer: Trainer, timeline: Timeline, trajectories: list[Trajectory])
     with timeline.state("values"):
         step = trainer.begin(trajectories)
     with timeline.state("policy"):
-        trainer.update_policy(step)
+        policy, _ = trainer.update_policy(step)
     _gather(trainer)
     with timeline.state("critic"):
-        trainer.update_critic(step)
+        critic = trainer.update_critic(step)
+    trainer.conclude(policy, critic)
 
 
 def _gather(trainer: Trainer) -> None:

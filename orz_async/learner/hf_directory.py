@@ -37,6 +37,8 @@ class ModelDirectory:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor in the weight files."""
+    files: dict[str, Path]
+    """Which file holds it."""
 
 
 def inspect(path: str | Path) -> ModelDirectory:
@@ -51,16 +53,14 @@ def inspect(path: str | Path) -> ModelDirectory:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelError(f"{directory / 'config.json'}: expected model_type in {FAMILIES}, found {family!r}")
-    if config.get("final_logit_softcapping"):
-        raise ModelError(
-            f"{directory / 'config.json'}: expected uncapped logits, found final_logit_softcapping = "
-            f"{config['final_logit_softcapping']}; the fused head does not compute it: choose another model"
-        )
     shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, Path] = {}
     for file in _weight_files(directory):
-        shapes |= read_shapes(file)
+        found = read_shapes(file)
+        shapes |= found
+        files |= dict.fromkeys(found, file)
     _check_vocabulary(directory, config, shapes)
-    return ModelDirectory(directory, config, shapes)
+    return ModelDirectory(directory, config, shapes, files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

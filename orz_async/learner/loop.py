@@ -14,21 +14,26 @@ ends      after `steps` learner steps; on a signal (saved, exit 130); on an erro
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from orz_async.config import Config
 from orz_async.errors import DiskError, Interrupted, NumericError, PeerLostError
 from orz_async.learner import checkpoint
+from orz_async.learner.alarms import Alarms
 from orz_async.learner.audit import Auditor
 from orz_async.learner.export import export
 from orz_async.learner.follower import Command, encode_rollouts
+from orz_async.learner.kept import keep, keeping
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.parallel import full_state
 from orz_async.learner.report import evaluation_fields, step_fields, token_sample
 from orz_async.learner.services import Services
-from orz_async.learner.trainer import Step, Trainer
+from orz_async.learner.step import Step
+from orz_async.learner.trainer import Trainer
 from orz_async.observe.process import dump_stacks
 from orz_async.records import Trajectory
 
@@ -46,6 +51,8 @@ class Learner:
         self._saved_step = -1 if trainer.num_steps == 0 else trainer.num_steps
         self._evaluating: list[int] = []
         self._reported: dict[str, float] = {}
+        self._alarms = Alarms(config.guard, config.broker.max_lag)
+        self._tightened = 0
 
     def run(self) -> None:
         """All steps that are left. Errors of the update itself are raised on every rank, and nobody is told; in any
@@ -83,20 +90,24 @@ class Learner:
         timeline, trainer = self.services.timeline, self.trainer
         if trainer.world.size > 1:
             trainer.world.send(Command.LEARN, encode_rollouts(trajectories))
-        with timeline.state("values"):
-            step = trainer.begin(trajectories)
-        with timeline.state("policy"):
-            policy, table = trainer.update_policy(step)
-        self.publish(trainer.num_steps + 1)
-        with timeline.state("critic"):
-            critic = trainer.update_critic(step)
+        with keeping(self.services, trajectories, trainer.num_steps):
+            with timeline.state("values"):
+                step = trainer.begin(trajectories)
+            with timeline.state("policy"):
+                policy, table = trainer.update_policy(step)
+            self.publish(trainer.num_steps + 1)
+            with timeline.state("critic"):
+                critic = trainer.update_critic(step)
+            trainer.conclude(policy, critic)
         with timeline.state("audit"):
             self.auditor.audit(step.batch, table)
+        if reasons := [*policy.skipped, *critic.skipped]:
+            keep(self.services, trajectories, step.batch.version, reasons[0])
+        fields = step_fields(step, policy, table, critic)
         seconds = self._seconds()
-        self.services.events.emit(
-            "step", **step_fields(step, policy, table, critic), seconds=seconds, step_s=sum(seconds.values())
-        )
+        self.services.events.emit("step", **fields, seconds=seconds, step_s=sum(seconds.values()))
         self._keep_tokens(step, table)
+        self.check_alarms(fields)
         self.check_mismatch(table)
 
     def _keep_tokens(self, step: Step, table: LagTable) -> None:
@@ -106,6 +117,21 @@ class Learner:
         )
         if sample is not None and self.services.tokens is not None:
             self.services.tokens.append(sample)
+
+    def check_alarms(self, fields: Mapping[str, Any]) -> None:
+        """Name what is alarming, and lower the staleness bound where an alarm is configured to."""
+        for alarm in self._alarms.look(fields):
+            self.services.events.emit(
+                "alarm", step=fields["step"], name=alarm.name, found=alarm.found, limit=alarm.limit, words=alarm.words
+            )
+            log.warning("alarm %s in step %d: %s (limit %g)", alarm.name, fields["step"], alarm.words, alarm.limit)
+        by = self._alarms.tightening(fields["version"])
+        if by != self._tightened:
+            self._tightened = by
+            self.services.rollouts.tighten(by)
+            lag = self.config.broker.max_lag - by
+            self.services.events.emit("tighten", step=fields["step"], by=by, max_lag=lag)
+            log.warning("the staleness bound is %d from here on, instead of %d", lag, self.config.broker.max_lag)
 
     def _seconds(self) -> dict[str, float]:
         """By state, since the last step was reported: what was waited for is part of a step."""

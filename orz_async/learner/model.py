@@ -9,19 +9,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from orz_async import ops
-from orz_async.errors import ModelError
-from orz_async.learner import attention
+from orz_async.learner import head
 from orz_async.learner.batch import Microbatch
-from orz_async.learner.hf_directory import inspect
+from orz_async.learner.hf_directory import ModelDirectory, inspect
+from orz_async.learner.loading import load_base, materialise, meta_causal_lm
+from orz_async.learner.parallel import like
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +35,11 @@ class PolicyTerms:
     behaviour_cap: float | None
     proximal_logprobs_M: Tensor | None = None
     """Given: the decoupled objective."""
-    proximal_is_current: bool = False
-    """Decoupled, and the policy has not moved yet: its own log-probs, detached, are the proximal ones."""
+    proximal_mix_M: Tensor | None = None
+    """Decoupled, without a pass of its own: the proximal log-prob is this much of the sampled one and the rest of the
+    current one, detached. 0 where the policy has not moved since it is proximal."""
+    mask_M: Tensor | None = None
+    """Given: instead of the microbatch's own, which it must imply."""
 
 
 class Policy(nn.Module):
@@ -49,6 +50,8 @@ class Policy(nn.Module):
         self.config: PreTrainedConfig = getattr(causal_lm, "config")  # noqa: B009 (nn.Module hides its type)
         self.model: nn.Module = causal_lm.get_submodule("model")
         self.lm_head: nn.Module = causal_lm.get_submodule("lm_head")
+        self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        """Gemma 2: logits are cap * tanh(logits / cap)."""
         self.eval()
 
     @property
@@ -63,12 +66,17 @@ class Policy(nn.Module):
         weight_VD = self.lm_head.weight
         assert isinstance(weight_VD, Tensor)
         if terms is None:
-            return ops.head_logprob(hidden_MD, weight_VD, batch.targets_M, temperature=temperature)
+            return head.logprobs(hidden_MD, weight_VD, batch.targets_M, temperature=temperature, cap=self.cap)
         proximal_M = terms.proximal_logprobs_M
-        if terms.proximal_is_current:
+        if terms.proximal_mix_M is not None:
             with torch.no_grad():
-                proximal_M, _ = ops.head_logprob(hidden_MD, weight_VD, batch.targets_M, temperature=temperature)
-        output = ops.ppo_head(
+                current_M, _ = head.logprobs(
+                    hidden_MD, weight_VD, batch.targets_M, temperature=temperature, cap=self.cap
+                )
+                # Not lerp where the mix is 0: the ratio of a token that has not moved must be exactly 1.
+                mixed_M = current_M + terms.proximal_mix_M * (batch.sampled_logprobs_M - current_M)
+                proximal_M = torch.where(terms.proximal_mix_M == 0, current_M, mixed_M)
+        output = head.ppo(
             hidden_MD,
             weight_VD,
             batch.targets_M,
@@ -80,8 +88,9 @@ class Policy(nn.Module):
             clip_high=terms.clip_high,
             dual_clip=terms.dual_clip,
             behaviour_cap=terms.behaviour_cap,
-            mask_N=batch.mask_M,
+            mask_N=batch.mask_M if terms.mask_M is None else terms.mask_M,
             denominator=terms.denominator_M,
+            cap=self.cap,
         )
         # FSDP2 hangs its backward hook on what leaves the root module, which for its sake must not be a view.
         return output._replace(loss=output.loss.clone())
@@ -96,12 +105,19 @@ class Critic(nn.Module):
         self.model = backbone
         width = int(config.hidden_size)
         self.score = nn.Linear(width, 1)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            # Values start near 0: smaller than any reward, so that the first advantages are those of no critic.
-            self.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1))
-            self.score.bias.zero_()
+        self._seed = seed
+        self.reset_head()
         self.eval()
+
+    @torch.no_grad()
+    def reset_head(self) -> None:
+        """The head as the seed has it, sharded or not."""
+        width = self.score.in_features
+        generator = torch.Generator().manual_seed(self._seed)
+        # Values start near 0: smaller than any reward, so that the first advantages are those of no critic.
+        start = torch.randn(1, width, generator=generator) / (width + 1)
+        self.score.weight.copy_(like(start, self.score.weight))
+        self.score.bias.zero_()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -132,29 +148,31 @@ def _response_rows(backbone: nn.Module, batch: Microbatch) -> Tensor:
     return hidden_MD
 
 
+def meta_models(directory: ModelDirectory, *, seed: int, with_critic: bool = True) -> tuple[Policy, Critic | None]:
+    """Policy and critic without memory, to be sharded; `load_models` fills them afterwards."""
+    policy = Policy(meta_causal_lm(directory))
+    if not with_critic:
+        return policy, None
+    return policy, Critic(meta_causal_lm(directory).get_submodule("model"), policy.config, seed=seed)
+
+
+def load_models(policy: Policy, critic: Critic | None, directory: ModelDirectory) -> None:
+    """All ranks, each reading its own shards: the base model into both, and the critic's head from its seed."""
+    load_base(policy, directory)
+    if critic is not None:
+        load_base(critic, directory, own=("score.weight", "score.bias"))
+        critic.reset_head()
+
+
 def load_policy(path: str | Path) -> Policy:
-    """The policy in float32 from config.json and safetensors; nothing in the directory is executed."""
+    """The whole policy in float32 on this process; nothing in the directory is executed."""
     directory = inspect(path)
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory.path,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: expected a loadable model, found: {error}") from error
-    causal_lm, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
-    if wrong:
-        raise ModelError(f"{path}: expected every weight of config.json in the safetensors files, found {wrong}")
-    return Policy(causal_lm)
+    policy, _ = meta_models(directory, seed=0, with_critic=False)
+    materialise(policy, torch.device("cpu"))
+    load_base(policy, directory)
+    return policy
 
 
 def build_critic(policy: Policy, *, seed: int) -> Critic:
-    """From the policy as it is now, which at the start of a run is the base model."""
+    """From an unsharded policy as it is now, which at the start of a run is the base model."""
     return Critic(copy.deepcopy(policy.model), policy.config, seed=seed)

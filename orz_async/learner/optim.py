@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,21 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rate by learner step, from 0: linear up to `lr` at step `warmup_steps` - 1, and on the whole run linear
-    down towards `final` times that; 1 keeps it constant."""
+    """Learning rate by learner step, from 0: linear up to `lr` at step `warmup_steps` - 1, and on the whole run down
+    towards `final` times that, linearly or along half a cosine; 1 keeps it constant."""
 
     lr: float
     warmup_steps: int
     final: float
     num_steps: int
+    shape: Literal["linear", "cosine"] = "linear"
 
     def at(self, step: int) -> float:
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.shape == "cosine":
+            # Past the end, which only a run that was extended reaches, the rate stays at its lowest.
+            done = (1.0 - math.cos(math.pi * min(1.0, step / self.num_steps))) / 2
+            return self.lr * warm * (1.0 - (1.0 - self.final) * done)
         return self.lr * warm * (1.0 - (1.0 - self.final) * step / self.num_steps)
 
 
@@ -43,8 +49,10 @@ class Optimizer:
         betas: tuple[float, float],
         weight_decay: float,
         grad_clip: float,
+        offload: bool = False,
     ) -> None:
         self.name = name
+        self._offload = offload
         self.schedule = schedule
         self._grad_clip = grad_clip
         self._named = dict(module.named_parameters())
@@ -55,12 +63,14 @@ class Optimizer:
     def step(self, learner_step: int, loss: float) -> float:
         """Apply the accumulated gradients; returns their norm before clipping. `loss` is summed over ranks.
 
-        Both numbers are equal on all ranks, so either all of them take the step or all raise.
+        Both numbers are equal on all ranks, so either all of them take the step or all raise. After a raise the
+        gradients are gone and weights and moments are what they were.
         """
         grads = [p.grad for p in self._named.values() if p.grad is not None]
         norm = full_tensor(get_total_norm(grads))
         grad_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.forget()
             raise NumericError(
                 f"{self.name}: expected a finite loss and gradient in learner step {learner_step}, found loss {loss} "
                 f"and gradient norm {grad_norm}; the weights were not touched: lower the learning rate, or look at the "
@@ -70,9 +80,29 @@ class Optimizer:
             clip_grads_with_norm_(list(self._named.values()), self._grad_clip, norm)
         for group in self._adam.param_groups:
             group["lr"] = self.schedule.at(learner_step)
+        self._fetch()
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self._send_away()
+        self.forget()
         return grad_norm
+
+    def forget(self) -> None:
+        """Drop the accumulated gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def _fetch(self) -> None:
+        """Moments that were sent to the host, back to where their parameters are."""
+        if self._offload:
+            self._move(lambda p: p.device)
+
+    def _send_away(self) -> None:
+        if self._offload:
+            self._move(lambda p: torch.device("cpu"))
+
+    def _move(self, where: Callable[[Tensor], torch.device]) -> None:
+        for parameter, state in self._adam.state.items():
+            for moment in _MOMENTS:
+                state[moment] = state[moment].to(where(parameter))
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """All ranks, exhausting it: moments and step counts, whole; nothing before the first step."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
-from orz_async.errors import PeerLostError
+from orz_async.errors import ConfigError, PeerLostError
+from orz_async.learner.loading import materialise
 
 KEEPALIVE = 0
 """Message kind that `receive` passes over; users number theirs from 1."""
@@ -165,22 +168,47 @@ class World:
             dist.all_gather(rows, vector, group=self._control)
         return rows
 
-    def shard(self, module: nn.Module, layers: nn.ModuleList, *, dtype: torch.dtype) -> None:
-        """Move to the device; with several ranks or a compute type below float32, FSDP2 by layer.
+    def shard(
+        self, module: nn.Module, layers: nn.ModuleList, *, dtype: torch.dtype, ranks: int = 0, recompute: bool = False
+    ) -> None:
+        """Move to the device, giving memory to what is on meta; with several ranks or bfloat16, FSDP2 by layer.
 
         The parameters stay float32 shards; forward and backward run in `dtype`, gradients are reduced in float32.
-        Gradients are summed, not averaged: the losses are already divided by counts over all ranks.
+        Gradients are summed, not averaged: the losses are already divided by counts over all ranks. `ranks` > 0 shards
+        over that many neighbouring ranks and replicates over the groups. `recompute`: a layer keeps only its input, and
+        is computed again when its gradient is wanted.
         """
-        module.to(self.device)
+        if recompute:
+            for layer in layers:
+                # Within the module's call, so that FSDP2 has gathered its weights both times.
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.size == 1 and dtype == torch.float32:
+            materialise(module, self.device)
             return
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = self._mesh(ranks)
+        # float32 casts nothing, so that models in float64 (the tests' oracle) are sharded too.
+        cast = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False) if dtype == torch.float32 else cast
+        on_meta = any(p.is_meta for p in module.parameters())
+        if not on_meta:
+            module.to(self.device)
         for part in [*layers, module]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+        if on_meta:
+            materialise(module, self.device)
+
+    def _mesh(self, ranks: int) -> DeviceMesh:
+        if ranks in (0, self.size):
+            return init_device_mesh(self.device.type, (self.size,))
+        if self.size % ranks:
+            raise ConfigError(
+                f"expected learner.shard_ranks to divide the {self.size} ranks of the learner, found {ranks}; set "
+                "it to the GPUs of one node, or to 0 to shard over all ranks"
+            )
+        return init_device_mesh(self.device.type, (self.size // ranks, ranks), mesh_dim_names=("replicate", "shard"))
 
 
 def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

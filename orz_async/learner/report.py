@@ -10,7 +10,7 @@ import numpy as np
 
 from orz_async.learner.advantage import explained_variance
 from orz_async.learner.lag_table import LagTable
-from orz_async.learner.trainer import Step, UpdateReport
+from orz_async.learner.step import Step, UpdateReport
 from orz_async.observe.tokens import StepTokens
 from orz_async.records import Trajectory, float32_bytes, int32_bytes
 
@@ -44,10 +44,10 @@ def step_fields(step: Step, policy: UpdateReport, table: LagTable, critic: Updat
         "lag_mean": float(batch.lag_R.mean()),
         "lag_histogram": table.histogram,
         "by_lag": table.means(),
-        "policy": policy.stats | {"loss": float(np.mean(policy.losses))},
-        "value": critic.stats | {"loss": float(np.mean(critic.losses))},
-        "grad_norm": float(np.mean(policy.grad_norms)),
-        "critic_grad_norm": float(np.mean(critic.grad_norms)),
+        "policy": policy.stats | {"loss": _mean(policy.losses)},
+        "value": critic.stats | {"loss": _mean(critic.losses)},
+        "grad_norm": _mean(policy.grad_norms),
+        "critic_grad_norm": _mean(critic.grad_norms),
         "lr": policy.lr,
         "critic_lr": critic.lr,
         **{f"mismatch_{name}": value for name, value in mismatch._asdict().items()},
@@ -55,7 +55,13 @@ def step_fields(step: Step, policy: UpdateReport, table: LagTable, critic: Updat
         "explained_variance": explained_variance(step.values_R, step.returns_R),
         "calibration": calibration(step),
         "losses": {"policy": policy.losses, "value": critic.losses},
+        "skipped": [*policy.skipped, *critic.skipped],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """0 where no optimizer step was taken: no critic, a frozen policy, a step left out."""
+    return float(np.mean(values)) if values else 0.0
 
 
 def evaluation_fields(version: int, trajectories: Sequence[Trajectory]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Rollouts(Protocol):
     def snapshot(self) -> bytes:
         """The ledger as of now, for a checkpoint."""
 
+    def tighten(self, by: int) -> None:
+        """From now on grant rollouts as if max_lag were this much smaller; 0 takes it back."""
+
     def checkpointed(self, oldest_version: int) -> None:
         """A checkpoint is committed; the oldest one that is kept has weights of this version."""
 

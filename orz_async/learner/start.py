@@ -23,9 +23,9 @@ from orz_async.learner.audit import Auditor
 from orz_async.learner.compatibility import changes
 from orz_async.learner.durable import Identity, begin_epoch, lock, replace_file
 from orz_async.learner.follower import Command, follow
-from orz_async.learner.hf_directory import check_tokenizer
+from orz_async.learner.hf_directory import check_tokenizer, inspect
 from orz_async.learner.loop import Learner
-from orz_async.learner.model import build_critic, load_policy
+from orz_async.learner.model import load_models, meta_models
 from orz_async.learner.parallel import World
 from orz_async.learner.services import Services
 from orz_async.learner.signals import Stop
@@ -116,11 +116,14 @@ def _follow(config: Config, world: World, timeline: Timeline) -> None:
 def _trainer(config: Config, world: World, resume: Path | None) -> tuple[Trainer, Auditor | None]:
     """All ranks: the base model, or what the checkpoint made of it."""
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model.path)
-    critic = build_critic(policy, seed=config.seed)
+    directory = inspect(config.model.path)
+    with_critic = config.learner.estimator == "gae"
+    policy, critic = meta_models(directory, seed=config.seed, with_critic=with_critic)
     auditor = Auditor(config, policy, world.device) if world.is_first else None
     trainer = Trainer(config, policy, critic, world)
-    if resume is not None:
+    if resume is None:
+        load_models(policy, critic, directory)
+    else:
         checkpoint.restore(trainer, resume)
     return trainer, auditor
 

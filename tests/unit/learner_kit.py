@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from orz_async.config import BrokerConfig, CheckpointConfig, Config, EvalConfig, LearnerConfig, ModelConfig
 from orz_async.learner.batch import make_microbatch, make_step_batch
@@ -43,7 +44,8 @@ def model_config(family: str) -> transformers.PreTrainedConfig:
         case "qwen2_windowed":
             return transformers.Qwen2Config(**SHAPE, **WINDOWED, use_sliding_window=True, max_window_layers=1)
         case "qwen3":
-            return transformers.Qwen3Config(**SHAPE, tie_word_embeddings=False)
+            # Heads wider than hidden / heads, as the real ones are.
+            return transformers.Qwen3Config(**(SHAPE | {"head_dim": 16}), tie_word_embeddings=False)
         case "llama":
             return transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False)
         case "mistral":
@@ -54,12 +56,16 @@ def model_config(family: str) -> transformers.PreTrainedConfig:
             return transformers.Gemma2Config(
                 **SHAPE, **WINDOWED, query_pre_attn_scalar=8, final_logit_softcapping=None, attn_logit_softcapping=2.0
             )
+        case "gemma2_capped":
+            return transformers.Gemma2Config(
+                **SHAPE, **WINDOWED, query_pre_attn_scalar=8, final_logit_softcapping=3.0, attn_logit_softcapping=2.0
+            )
         case "gemma3":
             return transformers.Gemma3TextConfig(**SHAPE, **WINDOWED, query_pre_attn_scalar=8)
     raise AssertionError(family)
 
 
-FAMILIES = ("qwen2", "qwen2_windowed", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3")
+FAMILIES = ("qwen2", "qwen2_windowed", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma2_capped", "gemma3")
 
 
 def random_causal_lm(family: str = "qwen2", *, seed: int = 0) -> Any:
@@ -77,6 +83,27 @@ def random_causal_lm(family: str = "qwen2", *, seed: int = 0) -> Any:
 def save_model(directory: Path, family: str = "qwen2", *, seed: int = 0) -> Path:
     random_causal_lm(family, seed=seed).save_pretrained(directory)
     return directory
+
+
+class ExactNorm(torch.nn.Module):
+    """transformers computes RMSNorm in float32 whatever the model is: 1e-7 of noise, which Adam's division turns into
+    a changed sign where a gradient is nearly 0. In both models of a comparison this one takes its place."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
+
+
+def exact_norms(module: Any) -> Any:
+    for name, child in module.named_children():
+        if hasattr(child, "variance_epsilon"):
+            setattr(module, name, ExactNorm(child))
+        else:
+            exact_norms(child)
+    return module
 
 
 def config(model: Path | str = "", **changes: Any) -> Config:
@@ -100,9 +127,14 @@ def config(model: Path | str = "", **changes: Any) -> Config:
     )
 
 
-def trainer(config: Config, world: World | None = None, *, dtype: torch.dtype = torch.float32) -> Trainer:
+def trainer(
+    config: Config, world: World | None = None, *, dtype: torch.dtype = torch.float32, exact: bool = False
+) -> Trainer:
+    """`exact`: norms are computed in `dtype` too."""
     policy = load_policy(config.model.path)
     critic = build_critic(policy, seed=config.seed)
+    for module in (policy, critic) if exact else ():
+        exact_norms(module)
     with torch.no_grad():
         # The real initialisation is so small that a value loss would hardly depend on the backbone.
         critic.score.weight.mul_(5.0)

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from orz_async.config import Config
-from orz_async.learner import checkpoint
+from orz_async.learner import checkpoint, loading
 from orz_async.learner.durable import Identity
 from orz_async.learner.export import export
-from orz_async.learner.model import load_policy
+from orz_async.learner.hf_directory import inspect
+from orz_async.learner.model import load_models, load_policy, meta_models
 from orz_async.learner.parallel import World, full_parameters
 from orz_async.learner.trainer import Trainer
 
@@ -27,6 +28,20 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven": (9, {"max_tokens": 40, "policy_steps": 2, "critic_steps": 3, "objective": "decoupled"}),
     "sequence": (9, {"max_tokens": 40, "loss_aggregation": "sequence"}),
     "nothing": (1, {"max_tokens": 40}),
+    # Two copies of the weights on four ranks, one rank with nothing; every layer is computed twice.
+    "hybrid": (
+        3,
+        {
+            "max_tokens": 40,
+            "shard_ranks": 2,
+            "activation_checkpointing": True,
+            "offload_optimizer": True,
+            "offload_critic": True,
+            "mismatch_mask": "token",
+            "mismatch_mask_above": 4.0,
+        },
+    ),
+    "grpo": (9, {"max_tokens": 40, "estimator": "grpo", "loss_aggregation": "sequence"}),
 }
 STEPS = 3
 
@@ -34,8 +49,16 @@ STEPS = 3
 RESUMED = range(STEPS, STEPS + 1)
 
 
-def config_of(case: str, folder: Path) -> Config:
-    return kit.config(folder / "model", learner=CASES[case][1] | {"grad_clip": 0.5}, checkpoint={"keep": 9})
+def config_of(case: str, folder: Path, size: int) -> Config:
+    learner = CASES[case][1] | {"grad_clip": 0.5}
+    if size == 1:
+        learner = learner | {"shard_ranks": 0}
+    return kit.config(folder / "model", learner=learner, checkpoint={"keep": 9})
+
+
+def trainer_of(case: str, folder: Path, world: World) -> Trainer:
+    """In float64, norms included: what is left of the differences between numbers of ranks is the algorithm's."""
+    return kit.trainer(config_of(case, folder, world.size), world, dtype=torch.float64, exact=True)
 
 
 def train(trainer: Trainer, case: str, steps: range) -> list[float]:
@@ -53,9 +76,10 @@ def train(trainer: Trainer, case: str, steps: range) -> list[float]:
 
 
 def from_start(case: str, folder: Path, world: World) -> dict[str, Any]:
-    trainer = kit.trainer(config_of(case, folder), world)
+    trainer = trainer_of(case, folder, world)
     told = train(trainer, case, range(STEPS))
-    state = [t.flatten().clone() for m in (trainer.policy, trainer.critic) for _, t in full_parameters(m)]
+    modules = [m for m in (trainer.policy, trainer.critic) if m is not None]
+    state = [t.flatten().clone() for m in modules for _, t in full_parameters(m)]
     checkpoint.save(trainer, run_dir=run_dir(case, folder, world.size), identity=Identity("run", 1), ledger=b"ledger")
     export(trainer, source=folder / "model", target=folder / f"{case}-export{world.size}")
     return {"told": told, "weights": torch.cat(state).tolist()}
@@ -67,12 +91,51 @@ def run_dir(case: str, folder: Path, size: int) -> Path:
 
 def resumed(case: str, folder: Path, world: World, source: int) -> dict[str, Any]:
     """Continue what `source` ranks saved."""
-    trainer = kit.trainer(config_of(case, folder), world)
+    trainer = trainer_of(case, folder, world)
     found = checkpoint.find(run_dir(case, folder, source))
     assert found is not None
     assert found.manifest.world == source
     checkpoint.restore(trainer, found.path)
     return {"told": train(trainer, case, RESUMED)}
+
+
+def from_files(folder: Path, world: World) -> dict[str, Any]:
+    """The base model straight into shards: what rank 0 gathers, and what each rank read of each tensor."""
+    reads: dict[str, int] = {}
+    copy_slice = loading.copy_slice
+
+    def counted(parameter: torch.Tensor, stored: Any) -> None:
+        copy_slice(parameter, Counted(stored, reads, str(tuple(parameter.shape))))
+
+    loading.copy_slice = counted
+    try:
+        directory = inspect(folder / "model")
+        policy, critic = meta_models(directory, seed=1)
+        assert critic is not None
+        for module in (policy, critic):
+            world.shard(module, module.layers, dtype=torch.bfloat16, ranks=2 if world.size == 4 else 0)
+        load_models(policy, critic, directory)
+    finally:
+        loading.copy_slice = copy_slice
+    whole = dict(kit.random_causal_lm().named_parameters())
+    equal = all(torch.equal(t, whole[name]) for name, t in full_parameters(policy))
+    score = dict(full_parameters(critic))["score.weight"].tolist()
+    return {
+        "equal": equal,
+        "score": score,
+        "read": sum(reads.values()),
+        "whole": sum(p.numel() for p in whole.values()),
+    }
+
+
+class Counted:
+    def __init__(self, stored: Any, reads: dict[str, int], name: str) -> None:
+        self.stored, self.reads, self.name = stored, reads, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part: torch.Tensor = self.stored[index]
+        self.reads[self.name] = self.reads.get(self.name, 0) + part.numel()
+        return part
 
 
 def messages(world: World) -> dict[str, Any]:
@@ -99,10 +162,12 @@ def main() -> None:
     torch.set_num_threads(1)
     world = World.start(timeout_s=60.0)
     told = {case: from_start(case, folder, world) for case in CASES}
-    for source in (1, 2):
+    for source in [int(n) for n in sys.argv[2:]]:
         told[f"resumed from {source}"] = resumed("uneven", folder, world, source)
-    told["messages"] = messages(world)
-    (folder / f"rank{world.rank}.json").write_text(json.dumps(told))
+    told["files"] = from_files(folder, world)
+    if world.size == 2:
+        told["messages"] = messages(world)
+    (folder / f"rank{world.rank}of{world.size}.json").write_text(json.dumps(told))
     world.close()
 
 

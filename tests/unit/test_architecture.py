@@ -23,6 +23,7 @@ LAYERS = {
     "starter": 9,
     "cli_config": 8,
     "recipes": 7,
+    "evaluate": 7,
     "report": 6,
     "learner": 6,
     "generator": 6,
@@ -106,6 +107,8 @@ def test_leaves_import_nothing_of_ours() -> None:
         "orz_async.data.source",
         "orz_async.reward.pool",
         "orz_async.generator.engine",
+        "orz_async.evaluate.score",
+        "orz_async.learner.memory",
     ],
 )
 def test_import_is_light(module: str) -> None:

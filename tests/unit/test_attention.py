@@ -2,23 +2,79 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_kit import FAMILIES, VOCAB, random_causal_lm
+from torch import Tensor
 
 from orz_async.errors import ModelError
+from orz_async.learner import varlen
 from orz_async.learner.attention import NAME, PackedLayout, packed_attention
 
 # One token; lengths that fall into several groups; more than the sliding window of 5; equal lengths; a long tail.
 BATCHES = ([1], [5, 31, 1, 17, 30, 3], [12, 12, 12], [64, 2, 2, 2])
 
 
+def dense_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> Tensor:
+    """What the documentation of flash_attn_varlen_func promises, sequence by sequence: [N, heads, width]."""
+    assert causal
+    assert cu_q.dtype == torch.int32
+    assert longest_q == longest_k == int((cu_q[1:] - cu_q[:-1]).max())
+    outputs = []
+    for low, high in itertools.pairwise(cu_q.tolist()):
+        queries, keys, values = (x[low:high].transpose(0, 1) for x in (q, k, v))
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        scale = softmax_scale if softmax_scale is not None else q.shape[2] ** -0.5
+        scores = queries @ keys.transpose(1, 2) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(high - low)
+        left = window_size[0] if window_size[0] >= 0 else high - low
+        hidden = (at[None] > at[:, None]) | (at[None] < at[:, None] - left)
+        outputs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
+def test_kernels_of_a_gpu_equal_padded(monkeypatch: pytest.MonkeyPatch, family: str, kernel: str) -> None:
+    """flex_attention uncompiled; for flash-attention a function with its documented meaning stands in."""
+    monkeypatch.setattr(varlen, "flash_function", lambda: dense_varlen)
+    monkeypatch.setattr(varlen, "best", lambda query: getattr(varlen, kernel))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that flex_attention is slow uncompiled
+        test_packed_equals_padded(family, [5, 31, 1, 17, 30, 3], gradients=kernel == "flash")
+
+
+def test_shared_prompts_are_not_given_to_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "best", lambda query: None)
+    assert PackedLayout.from_lengths([3, 1, 2]).in_order
+    assert PackedLayout.from_lengths([3, 1, 2]).cu_seqlens_B1.tolist() == [0, 3, 4, 6]
+    assert not PackedLayout([np.array([0, 1, 2]), np.array([0, 1, 3])]).in_order
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", BATCHES, ids=str)
-def test_packed_equals_padded(family: str, lengths: list[int]) -> None:
+def test_packed_equals_padded(family: str, lengths: list[int], gradients: bool = True) -> None:
     model = random_causal_lm(family)
     rng = np.random.default_rng(1)
     sequences = [torch.from_numpy(rng.integers(0, VOCAB, n)) for n in lengths]
@@ -35,14 +91,17 @@ def test_packed_equals_padded(family: str, lengths: list[int]) -> None:
 
     model.set_attn_implementation(NAME)
     positions_N = torch.cat([torch.arange(n) for n in lengths])
-    got_ND = model.model(
-        torch.cat(sequences)[None],
-        position_ids=positions_N[None],
-        use_cache=False,
-        layout=PackedLayout.from_lengths(lengths),
-    ).last_hidden_state[0]
-    (got_ND * weights_ND).sum().backward()
+    with torch.set_grad_enabled(gradients):
+        got_ND = model.model(
+            torch.cat(sequences)[None],
+            position_ids=positions_N[None],
+            use_cache=False,
+            layout=PackedLayout.from_lengths(lengths),
+        ).last_hidden_state[0]
     torch.testing.assert_close(got_ND, want_ND, atol=1e-5, rtol=1e-5)
+    if not gradients:  # flex_attention has none on CPU
+        return
+    (got_ND * weights_ND).sum().backward()
     scale = max(grad.abs().max().item() for grad in want.values())
     for name, parameter in model.named_parameters():
         if name in want:

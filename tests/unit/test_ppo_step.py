@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import learner_kit as kit
+import msgspec
 import numpy as np
 import pytest
 import torch
 import transformers
+from learner_kit import exact_norms
 from torch import Tensor
 
 from orz_async.config import Config
@@ -18,35 +20,14 @@ from orz_async.learner.batch import pack_part, split
 from orz_async.learner.report import CALIBRATION_EDGES, calibration, token_sample
 from orz_async.learner.trainer import Trainer
 from orz_async.ops import backend
-from orz_async.records import Trajectory, as_float32, as_int32
-
-
-class ExactNorm(torch.nn.Module):
-    """transformers computes RMSNorm in float32 whatever the model is: 1e-7 of noise, which Adam's division turns into
-    a changed sign where a gradient is nearly 0. In both models of a comparison this one takes its place."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
-
-
-def exact_norms(module: Any) -> Any:
-    for name, child in module.named_children():
-        if hasattr(child, "variance_epsilon"):
-            setattr(module, name, ExactNorm(child))
-        else:
-            exact_norms(child)
-    return module
+from orz_async.records import Span, Trajectory, as_float32, as_int32
 
 
 class Oracle:
     """Everything again, from the equations: Hugging Face's own model on padded rows, Python loops, Adam by hand."""
 
     def __init__(self, config: Config, trainer: Trainer, batch: list[Trajectory]) -> None:
-        self.config, self.batch = config, batch
+        self.config, self.batch, self.version = config, batch, trainer.num_steps
         base = transformers.AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=torch.float64, attn_implementation="sdpa"
         )
@@ -55,7 +36,8 @@ class Oracle:
             transformers.AutoModel.from_pretrained(config.model.path, dtype=torch.float64, attn_implementation="sdpa")
         ).eval()
         self.score = torch.nn.Linear(config_width(trainer), 1, dtype=torch.float64)
-        self.score.load_state_dict(trainer.critic.score.state_dict())
+        if trainer.critic is not None:
+            self.score.load_state_dict(trainer.critic.score.state_dict())
         self.critic_parameters = [*self.critic.parameters(), *self.score.parameters()]
         self.moments: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
 
@@ -102,9 +84,44 @@ class Oracle:
                 advantages[t] = following
             self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
             self.returns.append(self.advantages[-1] + self.old_values[b])
-        flat = torch.cat(self.advantages)
-        mean, variance = flat.mean(), flat.var(correction=0)
-        self.advantages = [(a - mean) / torch.sqrt(variance + 1e-8) for a in self.advantages]
+        if self.config.learner.estimator != "gae":
+            self.old_values = [torch.zeros_like(v) for v in self.old_values]
+            self.returns = [torch.full_like(v, self.batch[b].reward) for b, v in enumerate(self.old_values)]
+            self.advantages = [self.outcome(b).expand_as(v) for b, v in enumerate(self.old_values)]
+        if self.config.learner.estimator != "grpo":
+            flat = torch.cat(self.advantages)
+            mean, variance = flat.mean(), flat.var(correction=0)
+            self.advantages = [(a - mean) / torch.sqrt(variance + 1e-8) for a in self.advantages]
+
+    def outcome(self, b: int) -> Tensor:
+        rewards = [t.reward for t in self.batch]
+        if self.config.learner.estimator == "reinforce":
+            return torch.tensor(rewards[b] - sum(rewards) / len(rewards), dtype=torch.float64)
+        group = [t.reward for t in self.batch if t.prompt_id == self.batch[b].prompt_id]
+        mean = sum(group) / len(group)
+        spread = (sum((r - mean) ** 2 for r in group) / len(group)) ** 0.5
+        return torch.tensor((rewards[b] - mean) / (spread + 1e-6), dtype=torch.float64)
+
+    def kept(self, b: int) -> Tensor:
+        """0 or 1 a token: does it take part?"""
+        learner = self.config.learner
+        sampled_T = torch.from_numpy(as_float32(self.batch[b].logprobs).astype(np.float64))
+        apart_T = (self.start_logprobs[b] - sampled_T).abs()
+        if learner.mismatch_mask == "sequence":
+            apart_T = (self.start_logprobs[b] - sampled_T).mean().abs().expand_as(sampled_T)
+        if learner.mismatch_mask == "none":
+            return torch.ones_like(sampled_T)
+        return (apart_T <= np.log(learner.mismatch_mask_above)).double()
+
+    def proximal(self, b: int, current_T: Tensor, sampled_T: Tensor) -> Tensor:
+        learner = self.config.learner
+        if learner.objective == "ppo":
+            return sampled_T
+        if learner.proximal == "recomputed":
+            return self.start_logprobs[b]
+        lags = [self.version - int(v) for v in self.batch[b].versions()]
+        share_T = torch.tensor([1 / lag if lag else 0.0 for lag in lags], dtype=torch.float64)
+        return share_T * sampled_T + (1 - share_T) * current_T.detach()
 
     def weights(self, members: list[int], packs: list[list[int]]) -> dict[int, float]:
         """What a token of each sequence counts in the loss."""
@@ -122,7 +139,7 @@ class Oracle:
         total = torch.zeros((), dtype=torch.float64)
         for b, current_T in zip(members, self.logprobs(members), strict=True):
             sampled_T = torch.from_numpy(as_float32(self.batch[b].logprobs).astype(np.float64))
-            proximal_T = self.start_logprobs[b] if learner.objective == "decoupled" else sampled_T
+            proximal_T = self.proximal(b, current_T, sampled_T)
             behaviour_T = torch.exp(proximal_T - sampled_T)
             if learner.behaviour_cap is not None and learner.objective == "decoupled":
                 behaviour_T = behaviour_T.clamp(max=learner.behaviour_cap)
@@ -132,7 +149,7 @@ class Oracle:
             if learner.dual_clip is not None:
                 floor_T = learner.dual_clip * self.advantages[b]
                 gain_T = torch.where(self.advantages[b] < 0, torch.maximum(gain_T, floor_T), gain_T)
-            total = total - (behaviour_T * gain_T).sum() * weight[b]
+            total = total - (self.kept(b) * behaviour_T * gain_T).sum() * weight[b]
         return total
 
     def critic_loss(self, members: list[int], packs: list[list[int]]) -> Tensor:
@@ -164,9 +181,21 @@ class Oracle:
         return loss.item(), norm.item()
 
 
+def policy_lr(config: Config) -> float:
+    """lr_final is 1 here, unless the schedule is a cosine: then the formula of SGDR, arXiv:1608.03983 eq. 5."""
+    learner = config.learner
+    if learner.lr_schedule != "cosine":
+        return learner.lr
+    low = learner.lr * learner.lr_final
+    return low + (learner.lr - low) * (1 + np.cos(np.pi * STALE / config.steps)) / 2
+
+
 def config_width(trainer: Trainer) -> int:
     return int(trainer.policy.config.hidden_size)
 
+
+STALE = 5
+"""The learner stands here, and the oldest of the rollouts is from version 2."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ppo": {"objective": "ppo", "clip_low": 0.2, "clip_high": 0.3},
@@ -176,6 +205,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dual clip, no value clip": {"dual_clip": 1.5, "value_clip": None, "weight_decay": 0.1},
     "mean over sequences": {"loss_aggregation": "sequence", "gamma": 0.9, "lam": 0.7},
     "mean over packs": {"loss_aggregation": "pack", "max_tokens": 40},
+    "interpolated": {"objective": "decoupled", "proximal": "interpolated", "behaviour_cap": 2.0},
+    "interpolated, two steps": {"objective": "decoupled", "proximal": "interpolated", "policy_steps": 2, "lr": 0.05},
+    "token mask": {"mismatch_mask": "token", "mismatch_mask_above": 1.3},
+    "sequence mask, decoupled": {
+        "objective": "decoupled",
+        "mismatch_mask": "sequence",
+        "mismatch_mask_above": 1.1,
+        "policy_steps": 2,
+        "lr": 0.05,
+    },
+    "grpo": {"estimator": "grpo"},
+    "reinforce": {"estimator": "reinforce", "lr_schedule": "cosine", "lr_final": 0.1},
+    "activation checkpointing": {"activation_checkpointing": True, "offload_critic": True, "offload_optimizer": True},
     "tight gradient clip": {"grad_clip": 0.01, "value_clip": 0.01, "critic_steps": 3, "critic_lr": 0.05},
 }
 
@@ -187,11 +229,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
-    config = kit.config(model_path, learner=VARIANTS[variant])
-    batch = near_policy(config, kit.rollouts(9, seed=3))
+    config = kit.config(model_path, learner=VARIANTS[variant], broker={"max_lag": 3}, steps=20)
+    batch = near_policy(config, kit.rollouts(9, seed=3), version=STALE)
     trainer = kit.trainer(config, dtype=torch.float64)
-    exact_norms(trainer.policy)
-    exact_norms(trainer.critic)
+    trainer.num_steps = STALE
+    for module in (trainer.policy, trainer.critic):
+        exact_norms(module) if module is not None else None
     oracle = Oracle(config, trainer, batch)
 
     step = trainer.begin(batch)
@@ -201,16 +244,20 @@ def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
     close(step.advantages_R, torch.cat(oracle.advantages))
 
     report, _ = trainer.update_policy(step)
-    for k, part in enumerate(split(step.batch, config.learner.policy_steps, seed=(config.seed, 0, 1))):
+    for k, part in enumerate(split(step.batch, config.learner.policy_steps, seed=(config.seed, STALE, 1))):
         want = oracle.update(
-            oracle.policy_loss(part, packs(trainer, step, part)), list(oracle.policy.parameters()), config.learner.lr
+            oracle.policy_loss(part, packs(trainer, step, part)), list(oracle.policy.parameters()), policy_lr(config)
         )
         close(torch.tensor([report.losses[k], report.grad_norms[k]]), torch.tensor(want))
     for (name, got), expected in zip(trainer.policy.named_parameters(), oracle.policy.parameters(), strict=True):
         close(got, expected, name)
 
     critic_report = trainer.update_critic(step)
-    for k, part in enumerate(split(step.batch, config.learner.critic_steps, seed=(config.seed, 0, 2))):
+    assert trainer.num_steps == STALE + 1
+    if trainer.critic is None:
+        assert not critic_report.losses
+        return
+    for k, part in enumerate(split(step.batch, config.learner.critic_steps, seed=(config.seed, STALE, 2))):
         loss = oracle.critic_loss(part, packs(trainer, step, part))
         want = oracle.update(loss, oracle.critic_parameters, config.learner.critic_lr)
         close(torch.tensor([critic_report.losses[k], critic_report.grad_norms[k]]), torch.tensor(want))
@@ -218,7 +265,6 @@ def test_step_equals_float64_oracle(model_path: Path, variant: str) -> None:
         close(got, expected, name)
     assert len(report.losses) == config.learner.policy_steps
     assert len(critic_report.losses) == config.learner.critic_steps
-    assert trainer.num_steps == 1
 
 
 def test_clips_act_on_both_sides_in_these_cases(model_path: Path) -> None:
@@ -261,32 +307,73 @@ def own_logprobs(config: Config, batch: list[Trajectory]) -> list[Trajectory]:
     """The same rollouts as if the policy itself had sampled them."""
     trainer = kit.trainer(config)
     step = trainer.begin(batch)
-    logprobs_R = trainer._logprobs(step).numpy()
+    logprobs_R = trainer._logprobs(step.whole).numpy()
     return [
         kit.with_sampled(t, logprobs_R[low:high])
         for t, low, high in zip(batch, step.batch.cu_responses_B1, step.batch.cu_responses_B1[1:], strict=False)
     ]
 
 
-def near_policy(config: Config, batch: list[Trajectory]) -> list[Trajectory]:
-    """As if a policy not far away had sampled: ratios between 1/2 and 2, on both sides of the clip range."""
+def near_policy(config: Config, batch: list[Trajectory], *, version: int = 0) -> list[Trajectory]:
+    """As if a policy not far away had sampled: ratios between 1/2 and 2, on both sides of the clip range.
+
+    At version 3 and above lags are 0 to 3, and every third rollout has a token from each of two versions.
+    """
     rng = np.random.default_rng(11)
     near = []
-    for t in own_logprobs(config, batch):
+    for n, t in enumerate(own_logprobs(config, batch)):
         noise = rng.normal(0, 0.4, t.num_response_tokens)
-        near.append(kit.with_sampled(t, np.minimum(as_float32(t.logprobs) + noise, 0.0)))
+        t = kit.with_sampled(t, np.minimum(as_float32(t.logprobs) + noise, 0.0))
+        if version:
+            spans = [Span(version - n % 4, 0)]
+            if n % 3 == 2 and t.num_response_tokens > 1:
+                spans = [Span(version - 3, 0), Span(version - n % 2, t.num_response_tokens // 2)]
+            t = msgspec.structs.replace(t, spans=tuple(spans))
+        near.append(t)
     return near
 
 
+@pytest.mark.parametrize("proximal", ["recomputed", "interpolated"])
 @pytest.mark.parametrize("objective", ["ppo", "decoupled"])
-def test_ratio_is_exactly_one_without_lag(model_path: Path, objective: str) -> None:
-    config = kit.config(model_path, learner={"objective": objective})
+def test_ratio_is_exactly_one_without_lag(model_path: Path, objective: str, proximal: str) -> None:
+    config = kit.config(model_path, learner={"objective": objective, "proximal": proximal})
     batch = own_logprobs(config, kit.rollouts(9, seed=3))
     trainer = kit.trainer(config)
     report, table = trainer.update_policy(trainer.begin(batch))
     assert (report.stats["ratio_min"], report.stats["ratio_mean"], report.stats["ratio_max"]) == (1.0, 1.0, 1.0)
     assert report.stats["clip_low"] == report.stats["clip_high"] == report.stats["kl_k3"] == 0.0
     assert table.mismatch() == (0.0, 0.0, 0.0, sum(t.num_response_tokens for t in batch))
+
+
+def test_masks_leave_some_out_and_keep_some(model_path: Path) -> None:
+    """Otherwise the comparison above would not have tested them."""
+    for variant in ("token mask", "sequence mask, decoupled"):
+        config = kit.config(model_path, learner=VARIANTS[variant], broker={"max_lag": 3})
+        trainer = kit.trainer(config)
+        trainer.num_steps = STALE
+        report, table = trainer.update_policy(
+            trainer.begin(near_policy(config, kit.rollouts(9, seed=3), version=STALE))
+        )
+        assert 0.1 < report.stats["masked"] < 0.9, variant
+        assert set(table.histogram) == {"0", "1", "2", "3"}
+        if config.learner.policy_steps == 1:
+            # Masked tokens are in the table as they are: a log-prob of 0 would make their ratio large.
+            assert all(0.5 < row["ratio"] < 2 for row in table.means().values())
+
+
+def test_policy_is_frozen_while_the_critic_warms_up(model_path: Path) -> None:
+    config = kit.config(model_path, learner={"critic_warmup_steps": 2})
+    trainer = kit.trainer(config)
+    assert trainer.critic is not None
+    before, values = [p.detach().clone() for p in trainer.policy.parameters()], trainer.critic.score.weight.clone()
+    for version in range(3):
+        step = trainer.begin(kit.rollouts(9, seed=version, version=version))
+        report, _ = trainer.update_policy(step)
+        trainer.update_critic(step)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
+        assert (moved, bool(report.losses), report.lr > 0) == ((version == 2,) * 3)
+    assert not torch.equal(values, trainer.critic.score.weight)
+    assert trainer.num_steps == 3
 
 
 def test_equal_seeds_equal_bits(model_path: Path) -> None:

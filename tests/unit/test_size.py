@@ -12,7 +12,7 @@ SOURCES = [*(ROOT / "orz_async").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"
 LONGEST_FILE = 400
 MEDIAN_FILE = 150
 LONGEST_FUNCTION = 60
-MOST_CATCH_ALLS = 6
+MOST_CATCH_ALLS = 8
 
 # name -> (budget, reason)
 FUNCTIONS: dict[str, tuple[int, str]] = {}

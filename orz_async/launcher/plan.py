@@ -1,0 +1,64 @@
+"""What a run needs before it starts: files that must be there, and memory of each GPU by part. Nothing is started."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+
+from orz_async.config import Config
+from orz_async.errors import OrzError
+from orz_async.learner.memory import QWEN25, Shape, generator_memory, learner_memory, lines
+
+
+def files(config: Config) -> list[str]:
+    """One line for each file or folder the run reads, with whether it is there."""
+    model = Path(config.model.path)
+    needed = [model / "config.json", model / "tokenizer.json", Path(config.data.train)]
+    needed += [Path(config.data.heldout)] if config.data.heldout else []
+    found = [f"  {path}: {'found' if path.is_file() else 'MISSING'}" for path in needed]
+    weights = sorted(model.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    told = f"{len(weights)} files, {size / (1 << 30):.2f} GiB" if weights else "MISSING"
+    return [*found, f"  {model}/*.safetensors: {told}"]
+
+
+def shape_of(config: Config) -> Shape | None:
+    """From the model's config.json; for a known model that is not there yet, from its name; else None."""
+    path = Path(config.model.path) / "config.json"
+    if path.is_file():
+        try:
+            return Shape.from_config(msgspec.json.decode(path.read_bytes(), type=dict[str, object]))
+        except (OSError, KeyError, TypeError, ValueError, msgspec.DecodeError):
+            return None
+    return QWEN25.get(Path(config.model.path).name)
+
+
+def describe(config: Config, ranks: int) -> list[str]:
+    """Files and memory of a run, as lines of text."""
+    told = ["Files:", *files(config)]
+    shape = shape_of(config)
+    if shape is None:
+        return [*told, f"Memory: unknown, no readable {config.model.path}/config.json"]
+    told.append(f"Model: {shape.policy:,} parameters, critic {shape.critic:,}")
+    told += lines(f"Memory of each of {ranks} learner ranks", learner_memory(config, shape, ranks=ranks))
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    told += lines("Memory of each generator (over its GPUs)", generator_memory(config, shape, width=width))
+    try:
+        return told + count_weights(config, shape)
+    except OrzError as error:
+        return [*told, f"Model directory: {error}"]
+
+
+def count_weights(config: Config, shape: Shape) -> list[str]:
+    """Compare the model with the headers of its weight files, where they are there; no torch needed."""
+    directory = Path(config.model.path)
+    if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
+        return []
+    from orz_async.learner.hf_directory import inspect
+
+    shapes = inspect(directory).shapes
+    counted = sum(math.prod(size) for name, size in shapes.items() if not (shape.tied and name == "lm_head.weight"))
+    agrees = "as config.json says" if counted == shape.policy else f"NOT the {shape.policy:,} of config.json"
+    return [f"Weight files: {counted:,} parameters, {agrees}"]

@@ -1,0 +1,173 @@
+"""Memory by part against what is really held: parameter counts, autograd's saved tensors, the peak of a whole step."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import learner_kit as kit
+import msgspec
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from orz_async.config import Config, DataConfig, LearnerConfig, ModelConfig, SamplingConfig
+from orz_async.launcher.commands import dry_run
+from orz_async.learner.memory import QWEN25, Shape, activation_bytes, learner_memory
+from orz_async.learner.model import build_critic, load_policy
+from orz_async.learner.parallel import World
+from orz_async.learner.trainer import Trainer
+from orz_async.recipes import LAYOUTS, RECIPES
+from orz_async.records import Span, float32_bytes, int32_bytes
+
+SIZES = ((128, 256, 2, 2, 2), (256, 1024, 8, 2, 4), (384, 1024, 6, 6, 6))
+
+
+@pytest.mark.parametrize("family", kit.FAMILIES)
+def test_parameters_are_those_of_the_model(family: str) -> None:
+    config = kit.model_config(family)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shape = Shape.from_config(config.to_dict())
+    assert shape.policy == sum(p.numel() for p in model.parameters())
+    assert shape.backbone == sum(p.numel() for p in model.model.parameters())
+
+
+def test_known_models_have_their_published_sizes() -> None:
+    """Parameter counts of the model cards (0.49B, 1.54B, 7.61B, 32.5B), to the digit where the files give it."""
+    assert {name: shape.policy for name, shape in QWEN25.items()} == {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen2.5-1.5B": 1_543_714_304,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Qwen2.5-32B": 32_763_876_352,
+    }
+
+
+def sized(path: Path, size: tuple[int, ...]) -> Path:
+    hidden, intermediate, heads, kv_heads, layers = size
+    config = transformers.Qwen2Config(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.ref[Any]] = {}
+
+    def note(self, tensors: Any) -> None:
+        tree_map_only(torch.Tensor, self._note, tensors)
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        known = self.alive.get(key)
+        if not size or (known is not None and known() is storage):
+            return
+
+        def gone(ref: Any) -> None:
+            self.now -= size
+            if self.alive.get(key) is ref:
+                del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.note(out)
+        return out
+
+
+def batch(sequences: int, prompt: int, response: int) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [
+        kit.trajectory(
+            rng,
+            n,
+            prompt=int32_bytes(rng.integers(0, 512, prompt)),
+            response=int32_bytes(rng.integers(0, 512, response)),
+            logprobs=float32_bytes(-rng.uniform(5, 7, response)),
+        )
+        for n in range(sequences)
+    ]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_predicted_peak_is_within_15_percent_of_the_measured_one(
+    tmp_path: Path, size: tuple[int, ...], recompute: bool
+) -> None:
+    """The peak of live tensors over a whole learner step on CPU, in which one microbatch holds all rollouts."""
+    path = sized(tmp_path, size)
+    tokens = 4 * 191
+    config = Config(
+        model=ModelConfig(path=str(path)),
+        learner=LearnerConfig(
+            critic_steps=1, max_tokens=tokens, activation_checkpointing=recompute, audit_rollouts=0, warmup_steps=0
+        ),
+        data=DataConfig(max_prompt_tokens=32),
+        sampling=SamplingConfig(max_new_tokens=160),
+    )
+    policy = load_policy(path)
+    trainer = Trainer(config, policy, build_critic(policy, seed=0), World.single())
+    assert trainer.critic is not None
+    rollouts = batch(4, 32, 160)
+    step = trainer.begin(rollouts)  # the optimizers get their moments first: the peak is that of a later step
+    trainer.update_policy(step)
+    trainer.update_critic(step)
+    tracker = Peak()
+    for module in (policy, trainer.critic):
+        tracker.note(list(module.parameters()))
+    for optimizer in (trainer.policy_optimizer, trainer.critic_optimizer):
+        assert optimizer is not None
+        tracker.note([t for s in optimizer._adam.state.values() for t in s.values()])
+    with tracker:
+        step = trainer.begin([msgspec.structs.replace(t, spans=(Span(1, 0),)) for t in rollouts])
+        trainer.update_policy(step)
+        trainer.update_critic(step)
+    measured = tracker.peak
+    predicted = sum(learner_memory(config, Shape.from_config(policy.config.to_dict()), ranks=1).values())
+    print(f"{size} recompute {recompute}: predicted {predicted:,} measured {measured:,}, {predicted / measured:.3f}")
+    assert abs(predicted / measured - 1) < 0.15
+
+
+def test_recomputing_and_sharding_save_what_they_should() -> None:
+    shape, config = QWEN25["Qwen2.5-7B"], RECIPES["orz_7b_8gpu"]()
+    whole = activation_bytes(shape, 16384, width=2, recompute=False)
+    assert activation_bytes(shape, 16384, width=2, recompute=True) < 0.15 * whole
+    four, eight = (learner_memory(config, shape, ranks=n) for n in (4, 8))
+    assert four["policy weights"] == 2 * eight["policy weights"]
+    assert four["activations"] == eight["activations"]
+    assert four["policy optimizer"] == 0, "it is in host memory"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_dry_run(name: str) -> None:
+    config = RECIPES[name]()
+    ranks = LAYOUTS[name].learner_gpus if name in LAYOUTS else 1
+    text = dry_run(config, ranks)
+    assert "Would start:" in text
+    assert f"--nproc-per-node {ranks}" in text
+    if name in LAYOUTS:
+        assert f"Memory of each of {ranks} learner ranks" in text
+        assert "MISSING" in text
+        assert config.broker.rollouts_per_step == 8192
+        assert (config.learner.policy_steps, config.learner.critic_steps) == (1, 12)
