@@ -86,6 +86,7 @@ class FakeEngine:
         self.applied: list[int] = []
         self.vocab_size = 48
         self.tokens_sampled = 0
+        self.timings = {"load_s": 0.25}
         self.leases: dict[LeaseRef, Lease] = {}
         self.spans: dict[LeaseRef, list[Span]] = {}
         self.tokens: dict[LeaseRef, int] = {}

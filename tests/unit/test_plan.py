@@ -221,8 +221,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["tiny_cpu"], "expected --gpus N of at least 2"),
-        (["tiny_cpu", "--gpus", "2", "--gpu", "tpu"], "expected --gpu to be one of a100, h100, h200"),
-        (["tiny_cpu", "--gpus", "2", "--lags", "x"], "expected --lags such as 0,1,2"),
+        (["tiny_cpu", "--gpus", "2", "--shape", "7b", "--gpu", "tpu"], "expected --gpu to be one of a100, h100, h200"),
+        (["tiny_cpu", "--gpus", "2", "--shape", "7b", "--lags", "x"], "expected --lags such as 0,1,2"),
         (["tiny_cpu", "--gpus", "2", "--model.path", "/nowhere"], "expected the model's config.json"),
         (["--run", "/nowhere"], "expected the folder of a run"),
         (["tiny_cpu", "--run", "/nowhere"], "expected `orz plan --run RUN` alone"),

@@ -305,7 +305,7 @@ def test_retention_leaves_a_journal_that_still_verifies(run: Path) -> None:
 
 def test_a_step_that_the_journal_does_not_know(run: Path) -> None:
     with (run / "events" / "learner-0.jsonl").open("a") as log:
-        log.write('{"v":1,"t":9e9,"m":1.0,"process":"learner-0","kind":"step","step":6,"lag_max":0}\n')
+        log.write('{"v":1,"t":9e9,"m":9e9,"process":"learner-0","kind":"step","step":6,"lag_max":0}\n')
     assert problems(run) == ["step 6 was reported, but the journal has no batch for it"]
 
 
