@@ -144,8 +144,11 @@ class _Form:
     softcap: float | None
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """float32 [..., queries, keys]."""
-        scores = torch.matmul(query * self.scale, key.transpose(-2, -1)).float()
+        """[..., queries, keys]; float32, and on a CPU float64 from float32: see `_ExactAttention` of the learner."""
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            query, key = query.double(), key.double()
+        scores = torch.matmul(query * self.scale, key.transpose(-2, -1))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
@@ -180,7 +183,9 @@ def _decode(heads: _Heads, keys: Tensor, values: Tensor, batch: SlotBatch, form:
 
 def _weigh(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, form: _Form) -> Tensor:
     """[R, H_kv, queries, D] over [R, H_kv, keys, D]; the query heads that share a key head are the queries."""
-    weights = torch.softmax(form.scores(query, key).add_(mask), dim=-1)
+    scores = form.scores(query, key).add_(mask)
+    # Differences to the largest need no more than float32, and its softmax is faster.
+    weights = torch.softmax(scores.sub_(scores.amax(-1, keepdim=True)).float(), dim=-1)
     return torch.matmul(weights.to(value.dtype), value)
 
 

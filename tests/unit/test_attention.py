@@ -106,7 +106,8 @@ def test_packed_equals_padded(family: str, lengths: list[int], gradients: bool =
     for name, parameter in model.named_parameters():
         if name in want:
             assert parameter.grad is not None, name
-            torch.testing.assert_close(parameter.grad, want[name], atol=1e-5 * scale, rtol=1e-4)
+            # Not 1e-5: with scores as large as these, the padded model's own float32 gradients are off by more.
+            torch.testing.assert_close(parameter.grad, want[name], atol=3e-5 * scale, rtol=1e-4)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
