@@ -63,6 +63,8 @@ class Open:
 class Batch:
     rollouts: array[int]
     tokens_by_lag: Counter[int]
+    whole: bool = True
+    """Every trajectory of it is in the journal; retention may have deleted some."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,9 @@ class Checker:
     open: dict[int, Open] = field(default_factory=dict)
     batches: dict[int, Batch] = field(default_factory=dict)
     _next: int = 0
+    """First grants are in the order of numbers: the next one is of this rollout."""
+    _sure: bool = False
+    """A first grant was seen. Before that, in a partial journal, only a bound below is known of `_next`."""
     _last_step: int | None = None
     _restarted: bool = False
     """A learner began since the last batch: an earlier step may be taken again."""
@@ -118,7 +123,7 @@ class Checker:
         if known is None and number in self._revoked:
             known = Open(terms.attempt - 1, "", terms.version_floor)
         if known is None and (number >= self._next or not self.partial):
-            if number != self._next and not (self.partial and not self._next):
+            if number != self._next and (self._sure or not self.partial):
                 why = "it was trained already" if number < self._next else f"rollout {self._next} was never granted"
                 self.find(f"attempt {terms.attempt} was granted, but {why}", number)
             if terms.attempt and not self.partial:
@@ -134,13 +139,14 @@ class Checker:
         if terms.version_floor != floor:
             self.find(f"granted with version floor {terms.version_floor}, the bound needs {floor}", number)
         self._next = max(self._next, number + 1)
+        self._sure |= not terms.attempt
         self.open[number] = Open(terms.attempt, generator, floor)
 
     def _held(self, ref: LeaseRef, generator: str, what: str) -> Open | None:
         """The rollout, if this attempt of it is held by this generator."""
         rollout = self.open.get(ref.rollout)
         if rollout is None:
-            if not self.partial or ref.rollout >= self._next:
+            if not self.partial or (self._sure and ref.rollout >= self._next):
                 known = self.step_of(ref.rollout)
                 why = "no grant is in the journal" if known is None else f"it was taken by step {known}"
                 self.find(f"attempt {ref.attempt} was {what}, but {why}", ref.rollout)
@@ -215,6 +221,7 @@ class Checker:
                 self.find(f"trained twice: by step {earlier} and by step {step}", number)
             elif rollout is not None or not self.partial:
                 self.find(f"trained by step {step}, but no accepted trajectory of it is in the journal", number)
+            self.batches[step].whole = False
             return
         for version, tokens in rollout.tokens:
             lag = step - version

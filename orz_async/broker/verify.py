@@ -156,7 +156,7 @@ def _compare(checker: Checker, history: History, result: Verification) -> None:
             result.notes.append(f"step {step} is in the journal and not in the event log")
             continue
         lag, reported = max(batch.tokens_by_lag, default=0), int(event.get("lag_max") or 0)
-        if batch.tokens_by_lag and lag != reported:
+        if batch.whole and lag != reported:
             result.findings.append(Finding(f"step {step} reported lag {reported}, the journal says {lag}"))
     funnel = history.funnel
     if result.finished and not checker.partial and funnel and not result.findings:

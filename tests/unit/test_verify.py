@@ -85,12 +85,12 @@ def journal(run: Path) -> list[Record]:
     return [record for _, record, _ in records(run / "journal")]
 
 
-def rewrite(run: Path, entries: list[Record]) -> None:
-    """The same journal with other records, whole and with right checksums."""
+def rewrite(run: Path, entries: list[Record], start: int = 0) -> None:
+    """The same journal with other records, whole and with right checksums; the first one is record `start`."""
     for _, path in segment_files(run / "journal"):
         path.unlink()
-    data = encode_header(run_hash("run-a"), 0) + b"".join(part for entry in entries for part in encode_record(entry))
-    (run / "journal" / name_of(0)).write_bytes(data)
+    parts = [part for entry in entries for part in encode_record(entry)]
+    (run / "journal" / name_of(start)).write_bytes(encode_header(run_hash("run-a"), start) + b"".join(parts))
 
 
 def first(entries: list[Record], wanted: Callable[[Record], bool]) -> int:
@@ -301,6 +301,14 @@ def test_retention_leaves_a_journal_that_still_verifies(run: Path) -> None:
     result = verify(run)
     assert result.findings == []
     assert "deleted by retention" in result.notes[0]
+
+
+def test_a_journal_verifies_wherever_retention_cut_it(run: Path) -> None:
+    entries = journal(run)
+    # A rollout granted again just behind the cut, whose first grant and those of others lie before it.
+    for start in range(1, len(entries)):
+        rewrite(run, entries[start:], start)
+        assert problems(run) == [], f"cut before record {start}: {entries[start]}"
 
 
 def test_a_step_that_the_journal_does_not_know(run: Path) -> None:
