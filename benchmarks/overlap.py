@@ -21,8 +21,15 @@ LAGS = (0, 1, 2)
 REPEATS = 2
 
 
+def ensure_base() -> None:
+    """Make the demo's base model where the recipe looks for it, unless it is there: a fresh clone has none."""
+    if not Path("runs/base/model").is_dir():
+        subprocess.run([sys.executable, "-m", "orz_async.cli", "make-base"], check=True, timeout=900)
+
+
 def one_run(folder: Path, lag: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run the demo recipe for a few steps without evaluation and return its summary."""
+    ensure_base()
     command = [
         *(sys.executable, "-m", "orz_async.cli", "run", "tiny_cpu", "--run-dir", str(folder)),
         *("--steps", str(STEPS), "--broker.max-lag", str(lag), "--eval.every", "0", "--overwrite", *extra),

@@ -5,7 +5,7 @@ gpu     the kernels on a CUDA device, against float64 and their peers
 wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
 async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
-learning the demo at S = 0 to 8, both objectives, lambda, no critic, two seeds: 25 minutes at most, and a figure
+learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds: 25 minutes at most, and a figure
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
 all     every suite but gpu and learning, one after the other
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "gpu", "learning", "all"])
     parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only, or variants of learning")
     parser.add_argument("--steps", type=int, help="learning: learner steps of each run")
-    parser.add_argument("--seeds", type=int, default=2, help="learning: seeds of each variant (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="learning: seeds of each variant (%(default)s)")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--check", action="store_true", help="compare with the last committed result, 1 if worse")
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
