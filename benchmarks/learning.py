@@ -71,7 +71,17 @@ def run(*, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS, only: tuple[str, 
                     missing.append(f"{name}, seed {seed}")
                     continue
                 started, place = time.monotonic(), Path(folder) / f"{number}-{seed}"
-                settings = ("--steps", str(steps), "--seed", str(seed), "--learner.lr-final", "1.0", "--learner.lr", LR, *extra)
+                settings = (
+                    "--steps",
+                    str(steps),
+                    "--seed",
+                    str(seed),
+                    "--learner.lr-final",
+                    "1.0",
+                    "--learner.lr",
+                    LR,
+                    *extra,
+                )
                 one_run(place, lag, settings)
                 curves[name].append(curve(place))
                 slowest = max(slowest, time.monotonic() - started)
