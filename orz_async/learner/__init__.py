@@ -24,6 +24,7 @@ The way of one step through the folder::
     alarms.py, kept.py                       what is alarming, and lowers S; rollouts of a step that went wrong
     memory.py                                memory of a GPU by part, without torch
     lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
+    sample.py                                a few rollouts of a step token by token, whichever rank trained them
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
     hf_directory.py, export.py               from and to a Hugging Face directory
     replay.py                                the batches of a journal instead of a broker: `orz replay`

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +18,10 @@ from orz_async.learner.lag_table import LagTable
 from orz_async.learner.loading import materialise
 from orz_async.learner.model import Policy
 from orz_async.learner.parallel import like
+from orz_async.learner.sample import audited_members
 
 _MAX_BYTES = 1 << 30
 """Of all copies together; a model too large for that is compared at lag 0 only."""
-_AUDIT = 3  # beside the permutations of policy and critic
 
 
 class Auditor:
@@ -50,9 +49,7 @@ class Auditor:
         learner = self._config.learner
         if not self.enabled:
             return
-        count = min(learner.audit_rollouts, batch.num_sequences)
-        rng = np.random.default_rng([self._config.seed, batch.version, _AUDIT])
-        chosen = sorted(rng.choice(batch.num_sequences, count, replace=False).tolist())
+        chosen = audited_members(self._config, batch)
         [bins] = pack_part(batch, chosen, max_tokens=learner.max_tokens, num_ranks=1, attention_cost=0.0)
         for members in bins:
             self._compare(batch, members, table)

@@ -36,7 +36,7 @@ class LagTable:
     """One row per lag from 0 to max_lag; and the mismatch between learner and engine where their weights are equal.
 
     `log_ratios_R` (current minus sampled log-prob) and `gaps_R` (the same at equal weights) hold what this rank
-    computed of each token, and not-a-number elsewhere.
+    computed of each token, and not-a-number elsewhere; of the rows that were shared, what any rank computed.
     """
 
     def __init__(self, max_lag: int, num_tokens: int = 0) -> None:
@@ -99,6 +99,14 @@ class LagTable:
         self._sums = total[:end].view_as(self._sums)
         self._mismatch = total[end : end + self._mismatch.numel()].view_as(self._mismatch)
         self._mismatch_max = rows[:, -len(self._mismatch_max) :].amax(0)
+
+    def share(self, world: World, rows: NDArray[np.int64]) -> None:
+        """All ranks: `log_ratios_R` and `gaps_R` of these rows, whichever rank computed them, on every rank."""
+        if world.size > 1:
+            mine = torch.stack([self.log_ratios_R[rows], self.gaps_R[rows]])
+            known = ~mine.isnan()
+            values, counts = world.sum(torch.stack([torch.where(known, mine, 0.0), known.float()]))
+            self.log_ratios_R[rows], self.gaps_R[rows] = torch.where(counts > 0, values, torch.nan)
 
     @property
     def histogram(self) -> dict[str, int]:

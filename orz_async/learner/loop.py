@@ -30,7 +30,8 @@ from orz_async.learner.follower import Command, encode_rollouts
 from orz_async.learner.kept import keep, keeping
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.parallel import full_state
-from orz_async.learner.report import evaluation_fields, step_fields, token_sample
+from orz_async.learner.report import evaluation_fields, step_fields
+from orz_async.learner.sample import sampled_members, token_sample
 from orz_async.learner.services import Services
 from orz_async.learner.step import Step
 from orz_async.learner.trainer import Trainer
@@ -111,10 +112,7 @@ class Learner:
         self.check_mismatch(table)
 
     def _keep_tokens(self, step: Step, table: LagTable) -> None:
-        observe = self.config.observe
-        sample = token_sample(
-            step, table, rollouts=observe.sample_rollouts, tokens=observe.sample_tokens, seed=self.config.seed
-        )
+        sample = token_sample(step, table, sampled_members(self.config, step.batch))
         if sample is not None and self.services.tokens is not None:
             self.services.tokens.append(sample)
 

@@ -1,4 +1,4 @@
-"""The "step" and "eval" events, and the token sample: what a learner step and an evaluation say of themselves."""
+"""The "step" and "eval" events: what a learner step and an evaluation say of themselves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import numpy as np
 from orz_async.learner.advantage import explained_variance
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.step import Step, UpdateReport
-from orz_async.observe.tokens import StepTokens
-from orz_async.records import Trajectory, float32_bytes, int32_bytes
-
-_SAMPLE = 4  # beside the permutations of policy, critic and audit
+from orz_async.records import Trajectory
 
 CALIBRATION_EDGES = tuple(n / 10 for n in range(11))
 """Of the bins of predicted values; one more bin below and above them."""
@@ -79,38 +76,3 @@ def calibration(step: Step) -> dict[str, list[float]]:
         "values": np.bincount(bins_R, values_R, count).tolist(),
         "returns": np.bincount(bins_R, returns_R, count).tolist(),
     }
-
-
-def token_sample(step: Step, table: LagTable, *, rollouts: int, tokens: int, seed: int) -> StepTokens | None:
-    """A few rollouts token by token: first those whose log-probs were audited, then others by lot, in a fixed order.
-
-    Of the rollouts of this rank's microbatches; at least one, and as many as fit into `tokens`.
-    """
-    batch = step.batch
-    starts_B = batch.cu_responses_B1[:-1]
-    here_B = np.flatnonzero(~table.log_ratios_R.isnan().numpy()[starts_B])
-    if not rollouts or not len(here_B):
-        return None
-    order = np.random.default_rng([seed, batch.version, _SAMPLE]).permutation(here_B)
-    audited_B = ~table.gaps_R.isnan().numpy()[starts_B]
-    chosen: list[int] = []
-    for b in [*order[audited_B[order]].tolist(), *order[~audited_B[order]].tolist()][:rollouts]:
-        tokens -= int(batch.response_lengths_B[b])
-        if tokens < 0 and chosen:
-            break
-        chosen.append(b)
-    chosen.sort()
-    rows = np.concatenate([np.arange(batch.cu_responses_B1[b], batch.cu_responses_B1[b + 1]) for b in chosen])
-
-    def column(values_R: Any) -> bytes:
-        return float32_bytes(values_R.detach().cpu().numpy()[rows])
-
-    return StepTokens(
-        step=batch.version,
-        rollouts=int32_bytes([batch.trajectories[b].rollout for b in chosen]),
-        lengths=int32_bytes(batch.response_lengths_B[chosen]),
-        values=column(step.values_R),
-        advantages=column(step.advantages_R),
-        log_ratios=column(table.log_ratios_R),
-        gaps=column(table.gaps_R),
-    )

@@ -25,6 +25,7 @@ from orz_async.learner.lag_table import LagTable
 from orz_async.learner.model import Critic, Policy, PolicyTerms
 from orz_async.learner.optim import Optimizer, Schedule
 from orz_async.learner.parallel import World
+from orz_async.learner.sample import response_rows, sampled_members
 from orz_async.learner.step import Kept, Round, Step, UpdateReport, check_finite
 from orz_async.ops.stats import VALUE_FIELDS
 from orz_async.records import Trajectory
@@ -172,6 +173,7 @@ class Trainer:
         if step.keep_R is not None:
             report.stats["masked"] = 1.0 - float(step.keep_R.double().mean())
         table.sum_over(self.world)
+        table.share(self.world, response_rows(step.batch, sampled_members(self.config, step.batch)))
         return report, table
 
     def _terms(self, step: Step, micro: Microbatch, part: Round) -> PolicyTerms:

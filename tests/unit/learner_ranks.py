@@ -20,6 +20,7 @@ from orz_async.learner.export import export
 from orz_async.learner.hf_directory import inspect
 from orz_async.learner.model import load_models, load_policy, meta_models
 from orz_async.learner.parallel import World, full_parameters
+from orz_async.learner.sample import response_rows, sampled_members
 from orz_async.learner.trainer import Trainer
 
 # name -> (rollouts a step, changed learner settings). With 9 sequences and 40 tokens a microbatch, ranks have unequal
@@ -72,6 +73,9 @@ def train(trainer: Trainer, case: str, steps: range) -> list[float]:
         critic = trainer.update_critic(step)
         told += policy.losses + critic.losses + policy.grad_norms + critic.grad_norms + list(policy.stats.values())
         told += [*critic.stats.values(), *table.mismatch(), *map(float, table.histogram.values())]
+        # What the sample shows of a rollout does not depend on which rank trained it; "not computed" is told as 7.
+        rows = response_rows(step.batch, sampled_members(trainer.config, step.batch))
+        told += [*table.log_ratios_R[rows].tolist(), *table.gaps_R[rows].nan_to_num(nan=7.0).tolist()]
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from orz_async.config import Config
 from orz_async.errors import DataError, NumericError
 from orz_async.learner.batch import pack_part, split
-from orz_async.learner.report import CALIBRATION_EDGES, calibration, token_sample
+from orz_async.learner.report import CALIBRATION_EDGES, calibration
+from orz_async.learner.sample import audited_members, sampled_members, token_sample
 from orz_async.learner.trainer import Trainer
 from orz_async.ops import backend
 from orz_async.records import Span, Trajectory, as_float32, as_int32
@@ -446,12 +448,16 @@ def close(got: Tensor, want: Tensor, name: str = "") -> None:
     )
 
 
+def with_sample(config: Config, **settings: int) -> Config:
+    return replace(config, observe=replace(config.observe, **settings))
+
+
 def test_the_token_sample_is_what_the_step_computed(model_path: Path) -> None:
-    config = kit.config(model_path)
+    config = with_sample(kit.config(model_path), sample_rollouts=4)
     trainer = kit.trainer(config)
     step = trainer.begin(near_policy(config, kit.rollouts(9, seed=3)))
     _, table = trainer.update_policy(step)
-    sample = token_sample(step, table, rollouts=4, tokens=10_000, seed=1)
+    sample = token_sample(step, table, sampled_members(config, step.batch))
     assert sample is not None
     numbers = [t.rollout for t in step.batch.trajectories]
     assert len(list(sample.columns())) == 4
@@ -462,11 +468,10 @@ def test_the_token_sample_is_what_the_step_computed(model_path: Path) -> None:
         np.testing.assert_array_equal(columns["advantages"], step.advantages_R[rows])
         np.testing.assert_array_equal(columns["gaps"], columns["log_ratios"])  # lag 0: equal weights
     for budget in (1, 12, 40):
-        few = token_sample(step, table, rollouts=9, tokens=budget, seed=1)
-        assert few is not None
-        lengths = [len(columns["values"]) for _, columns in few.columns()]
-        assert sum(lengths) <= budget or len(lengths) == 1
-    assert token_sample(step, table, rollouts=0, tokens=10_000, seed=1) is None
+        few = sampled_members(with_sample(config, sample_rollouts=9, sample_tokens=budget), step.batch)
+        assert few and (sum(step.batch.response_lengths_B[few]) <= budget or len(few) == 1)
+    assert set(audited_members(config, step.batch)) <= set(sampled_members(config, step.batch))
+    assert token_sample(step, table, sampled_members(with_sample(config, sample_rollouts=0), step.batch)) is None
 
 
 def test_calibration_counts_every_token_once(model_path: Path) -> None:
