@@ -32,7 +32,8 @@ def sampled_members(config: Config, batch: StepBatch) -> list[int]:
     """
     order = np.random.default_rng([config.seed, batch.version, _SAMPLE]).permutation(batch.num_sequences)
     is_audited_B = np.isin(order, np.asarray(audited_members(config, batch), dtype=np.int64))
-    tokens, chosen = config.observe.sample_tokens, []
+    tokens = config.observe.sample_tokens
+    chosen: list[int] = []
     for b in [*order[is_audited_B].tolist(), *order[~is_audited_B].tolist()][: config.observe.sample_rollouts]:
         tokens -= int(batch.response_lengths_B[b])
         if tokens < 0 and chosen:
