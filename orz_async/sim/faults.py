@@ -74,7 +74,8 @@ class Faults:
             return False
         victim.kill()
         self._maybe_noticed(victim)
-        self.clock.after(self.random.uniform(0.2, 6.0), self.crew.spawn, self.random.choice(("", victim.name)))
+        back_s = self.random.uniform(*self.model.generator_back_s)
+        self.clock.after(back_s, self.crew.spawn, self.random.choice(("", victim.name)))
         return True
 
     def _maybe_noticed(self, victim: Generator) -> None:
@@ -135,7 +136,7 @@ class Faults:
         if victim is None or victim.frozen_until > self.clock.now:
             return False
         victim.drain()
-        self.clock.after(self.random.uniform(0.2, 6.0), self.crew.spawn)
+        self.clock.after(self.random.uniform(*self.model.generator_back_s), self.crew.spawn)
         return True
 
     def _join(self) -> bool:
@@ -158,8 +159,8 @@ class Faults:
         if self.hub.learner is None:
             return False
         self.hub.die(power=power)
-        damaged = self.random.random() < 0.2
-        self.clock.after(self.random.uniform(0.2, 3.0), self.crew.restart_learner, damaged)
+        damaged = self.random.random() < self.model.damaged
+        self.clock.after(self.random.uniform(*self.model.learner_back_s), self.crew.restart_learner, damaged)
         return True
 
     def _freeze_learner(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from orz_async.observe.history import History
 from orz_async.observe.summary import read_history
 from orz_async.observe.tail import Event, Tail
 from orz_async.records import Trajectory
-from orz_async.sim.models import EngineModel, LearnerModel
-from orz_async.sim.planner import Forecast
+from orz_async.sim.models import EngineModel, LearnerModel, LengthModel
+from orz_async.sim.planner import Forecast, KnownLengths, Pools, forecast
 from orz_async.sim.rates import Rates
 
 SKIPPED = 2
@@ -79,6 +79,22 @@ def measure(run_dir: Path) -> Measured:
         num_heldout=int(config.eval.prompts if history.evals else 0),
         found=_found(steps, events, config),
         steps=len(steps),
+    )
+
+
+def predict(run: Measured, rates: Rates) -> Forecast:
+    """The run simulated with `rates`, its own or another's: its settings, generators and lengths are known."""
+    config = run.config
+    observed = tuple(sorted(length for (kind, _), length in run.lengths.items() if kind == "train"))
+    engine = replace(rates.engine, slots=config.generator.slots, queue=config.generator.queue)
+    return forecast(
+        config,
+        Pools(run.num_generators, engine, rates.learner),
+        KnownLengths(config.seed, LengthModel(observed=observed), run.lengths),
+        prompt_tokens=run.prompt_tokens,
+        max_lag=config.broker.max_lag,
+        num_heldout=run.num_heldout,
+        steps=run.steps,
     )
 
 

@@ -122,5 +122,10 @@ class FaultModel:
     until_s: float = math.inf
     """Afterwards all is well, and the run must finish."""
     weights: dict[Fault, float] = field(default_factory=lambda: dict(WEIGHTS))
+    generator_back_s: tuple[float, float] = (0.2, 6.0)
+    """From the death of a generator until another takes its place: uniform between these."""
+    learner_back_s: tuple[float, float] = (0.2, 3.0)
+    damaged: float = 0.2
+    """Of the learner's restarts, the fraction that finds its newest checkpoint damaged."""
     poison: int = 0
     """Of so many prompts one makes every engine fail that samples it; 0: none."""

@@ -11,17 +11,15 @@ from typing import Any
 from orz_async.config import Config
 from orz_async.errors import ConfigError
 from orz_async.observe.progress import Progress
-from orz_async.sim.measured import Measured, measure
+from orz_async.sim.measured import Measured, measure, predict
 from orz_async.sim.memory import Memory, generator_memory, learner_memory
 from orz_async.sim.models import LengthModel
 from orz_async.sim.planner import (
     Candidate,
     Forecast,
-    KnownLengths,
     Pools,
     coarse_forecast,
     coarsened,
-    forecast,
     recommend,
     splits,
 )
@@ -230,18 +228,7 @@ def print_comparison(run_dir: Path, rates_from: Path | None) -> None:
     run = measure(run_dir)
     source = measure(rates_from) if rates_from else run
     config = run.config
-    observed = tuple(sorted(length for (kind, _), length in run.lengths.items() if kind == "train"))
-    lengths = KnownLengths(config.seed, LengthModel(observed=observed), run.lengths)
-    engine = replace(source.rates.engine, slots=config.generator.slots, queue=config.generator.queue)
-    predicted = forecast(
-        config,
-        Pools(run.num_generators, engine, source.rates.learner),
-        lengths,
-        prompt_tokens=run.prompt_tokens,
-        max_lag=config.broker.max_lag,
-        num_heldout=run.num_heldout,
-        steps=run.steps,
-    )
+    predicted = predict(run, source.rates)
     print(f"{run_dir}: {run.num_generators} generators, 1 learner, S = {config.broker.max_lag}, {run.steps} steps")
     print("\nassumptions")
     for note in source.rates.notes:
