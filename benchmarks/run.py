@@ -6,6 +6,7 @@ wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with 
 async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
 learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds: 25 minutes at most, and a figure
+scale   the simulator: validated against three real runs, then 8 to 1,024 GPUs with assumed rates, and a figure
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
 all     every suite but gpu and learning, one after the other
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import scale_figure
 from benchmarks.compare import check, read, render
 from benchmarks.protocol import Row, cpu_name, save, table
 
@@ -28,8 +31,12 @@ SUITES: dict[str, tuple[str, ...]] = {
     "async": ("overlap",),
     "weights": ("weights",),
     "report": ("report",),
+    "scale": ("scale",),
 }
 """Suite -> its parts: modules of this folder with `run() -> list[Row]`. The suite gpu has a command of its own."""
+
+FIGURES: dict[str, Callable[[list[Row], Path], Path]] = {"scale": scale_figure.draw}
+"""Parts that are drawn too, beside their result file."""
 
 
 def measure(suite: str, only: list[str]) -> list[Row]:
@@ -45,8 +52,11 @@ def measure(suite: str, only: list[str]) -> list[Row]:
 
 def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool) -> bool:
     """Measure and save; False if it was checked and something became worse."""
-    path = save(suite, measure(suite, only), device=cpu_name(), out=out)
+    rows = measure(suite, only)
+    path = save(suite, rows, device=cpu_name(), out=out)
     print(path)
+    for draw in (FIGURES[part] for part in SUITES[suite] if part in FIGURES):
+        print(draw(rows, path.with_suffix(".svg")))
     if not checked:
         return True
     told, good = check(read(path))

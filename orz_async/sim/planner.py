@@ -31,8 +31,8 @@ class Pools:
     learner: LearnerModel
 
 
-def coarsened(config: Config, pools: Pools) -> tuple[Config, Pools, int]:
-    """The same pipeline with k rollouts in one, and k; k = 1 where it is small anyway.
+def coarsened(config: Config, pools: Pools, most: int | None = None) -> tuple[Config, Pools, int]:
+    """The same pipeline with k rollouts in one, and k, so that a step has about `most`; k = 1 where it is small anyway.
 
     A row then costs as much as k rows, a token as much as k tokens, and an engine has 1/k of the slots: times stay, but
     queues are coarser, and a length rarer than one in B / k is met in fewer steps. Leases live long, for nobody
@@ -41,7 +41,7 @@ def coarsened(config: Config, pools: Pools) -> tuple[Config, Pools, int]:
     rollouts, slots = config.broker.rollouts_per_step, pools.engine.slots
     k = next(
         k
-        for k in range(max(1, rollouts // MOST_ROLLOUTS), 0, -1)
+        for k in range(max(1, rollouts // (most or MOST_ROLLOUTS)), 0, -1)
         if (rollouts % k == 0 and k * _LEAST_SLOTS <= slots) or k == 1
     )
     lease_s = max(config.broker.lease_s, 120.0)
