@@ -1,25 +1,28 @@
 """`python -m benchmarks.readme [--check]`: README's figure and tables from the committed results, by nothing else.
 
 A block of the README between `<!-- results NAME -->` and `<!-- end -->` is what `BLOCKS[NAME]` makes of the files in
-benchmarks/results; the figure is benchmarks/results/demo.svg. `--check` writes nothing and ends with 1 if either is
-not what the results say.
+benchmarks/results (the tables are in readme_lines.py); so are the figures, demo.svg and that of the scale suite.
+`--check` writes nothing and ends with 1 if any of it is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from benchmarks import readme_lines, scale_figure
+from benchmarks.newest import Absent, Results
 from benchmarks.protocol import RESULTS
 from orz_async.observe.summary import Evaluation, Summary
-from orz_async.observe.table import rows
+from orz_async.observe.table import rows as summary_rows
 
 README = Path(__file__).parents[1] / "README.md"
-DEMO = RESULTS / "demo_seed2.json"
+DEMO = "seed 2"
 FIGURE = RESULTS / "demo.svg"
 _BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.S)
 _STYLE = """
@@ -35,16 +38,40 @@ _WIDTH, _HEIGHT, _TOP, _BOTTOM, _PANEL = 860, 260, 34, 220, 430
 
 
 def demo_summary() -> Summary:
-    return msgspec.json.decode(DEMO.read_bytes(), type=Summary)
+    return msgspec.convert(Results().rows("demo", "demo")[DEMO]["notes"]["summary"], Summary)
 
 
 def demo_block() -> str:
     """The summary of the demo as `orz summary` prints it, without the line that names the run."""
     summary = demo_summary()
-    return "```\n" + "\n".join(f"{name:18} {value}" for name, value in rows(summary)[1:]) + "\n```\n"
+    return "```\n" + "\n".join(f"{name:18} {value}" for name, value in summary_rows(summary)[1:]) + "\n```\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_block}
+def scale_block(results: Results) -> str:
+    """The figure of the scale suite, once there is a result."""
+    try:
+        path, _ = results.file("scale")
+    except Absent:
+        return ""
+    image = path.with_suffix(".svg").name
+    return f"![Simulated strong and weak scaling, GPU rates assumed](benchmarks/results/{image})\n"
+
+
+def figures(results: Results) -> dict[Path, str]:
+    """Every figure of the README, drawn from its rows."""
+    drawn = {FIGURE: figure()}
+    with contextlib.suppress(Absent):
+        path, rows = results.file("scale")
+        drawn[path.with_suffix(".svg")] = scale_figure.figure(rows)
+    return drawn
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": demo_block,
+    "promises": lambda: readme_lines.promises(Results()),
+    "scale": lambda: scale_block(Results()),
+    "measured": lambda: readme_lines.measured(Results()),
+}
 
 
 def filled(text: str) -> str:
@@ -101,7 +128,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if README or figure are out of date")
     options = parser.parse_args()
-    wanted = {README: filled(README.read_text(encoding="utf-8")), FIGURE: figure()}
+    wanted = {README: filled(README.read_text(encoding="utf-8")), **figures(Results())}
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.name}: {'is not what the results say' if options.check else 'written'}")

@@ -7,6 +7,8 @@ async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
 learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds: 25 minutes at most, and a figure
 scale   the simulator: validated against three real runs, then 8 to 1,024 GPUs with assumed rates, and a figure
+demo    the demo with seeds 0, 1, 2: accuracy, length, mismatch, time (minutes)
+promises  simulated histories, the largest simulation, mutated frames, and `make chaos` (a quarter of an hour)
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
 all     every suite but gpu and learning, one after the other
 
@@ -32,6 +34,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "weights": ("weights",),
     "report": ("report",),
     "scale": ("scale",),
+    "demo": ("demo",),
+    "promises": ("promises", "storm"),
 }
 """Suite -> its parts: modules of this folder with `run() -> list[Row]`. The suite gpu has a command of its own."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.compare import check, last_committed, read, render
+from benchmarks.newest import Results
 from benchmarks.protocol import row
 
 
@@ -72,6 +73,7 @@ def test_only_committed_results_of_the_same_machine_count(results: Path) -> None
 def test_the_readme_is_made_of_the_committed_results() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert readme.filled(text) == text, "run python -m benchmarks.readme"
-    assert readme.FIGURE.read_text(encoding="utf-8") == readme.figure(), "run python -m benchmarks.readme"
+    for path, drawn in readme.figures(Results()).items():
+        assert path.read_text(encoding="utf-8") == drawn, f"{path.name}: run python -m benchmarks.readme"
     summary = readme.demo_summary()
     assert f"{summary.accuracy_after:.3f}" in text and readme.FIGURE.name in text
