@@ -47,7 +47,7 @@ FAILURES: dict[str, tuple[float, bool]] = {
     "10 GPUs an hour": (10.0, True),
 }
 """Failures an hour, and whether they hit the learner's GPUs too, which all stop when one does."""
-FAILURE_STEPS = 40
+FAILURE_STEPS = 30
 FAILURE_SEEDS = (0, 1)
 FAILURE_ROLLOUTS = 1024
 """Simulated a step, each for 8: the whole run is simulated here, not a few steps of it."""
