@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+from benchmarks.learning import LAST
 from benchmarks.newest import Results, Rows
 from orz_async.observe.words import duration as clock
 
@@ -60,6 +61,22 @@ def asynchrony(r: Results) -> str:
 def learner_waits(r: Results) -> str:
     idle = [row["notes"]["learner_idle"]["rollouts"] for row in r.rows("async", "async").values()]
     return each(idle, "{:.0%}")
+
+
+def learning(r: Results) -> str:
+    rows = r.rows("learning", "learning")
+    chosen = {lag: (f"S = {lag}, ppo", f"S = {lag}, decoupled") for lag in (0, 1, 2, 4, 8)}
+    return "; ".join(
+        f"S = {lag}: {' / '.join(f'{mean(rows, variant):.3f}' for variant in pair)}"
+        for lag, pair in chosen.items()
+        if all(variant in rows for variant in pair)
+    )
+
+
+def mean(rows: Rows, variant: str) -> float:
+    """Over the seeds, of the mean reward of the last steps."""
+    curves = [curve["reward"][-LAST:] for curve in rows[variant]["notes"]["curves"]]
+    return fmean(fmean(curve) for curve in curves)
 
 
 def histories(r: Results) -> str:

@@ -58,6 +58,11 @@ MEASURED = (
     Line("demo, time, after installation", figures.demo_time, SAME),
     Line("rollouts/s at S = 0, 1, 2", figures.asynchrony, "`python -m benchmarks.run async`, two turns"),
     Line("learner waits for rollouts at S = 0, 1, 2", figures.learner_waits, "the same runs"),
+    Line(
+        "reward at the end, S = 0 to 8, clip around the behaviour / the proximal policy",
+        figures.learning,
+        "`python -m benchmarks.run learning`, mean over seeds",
+    ),
     Line("ledger under simulated faults", figures.histories, f"{PROMISE}: `orz sim --seeds 1000`"),
     Line("10,000 generators, 100 steps of 8,192, simulated", figures.large, f"{PROMISE}: `orz sim --scale`"),
     Line(

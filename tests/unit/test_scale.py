@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scale, scale_figure, scale_sweeps
+from benchmarks import run, scale, scale_figure, scale_sweeps
+from benchmarks.compare import read
 from benchmarks.scale_sweeps import Workload, orz_7b
 from orz_async.sim.measured import measure
 from orz_async.sim.models import EngineModel, LearnerModel, LengthModel
@@ -45,22 +46,22 @@ def test_weak_scaling_keeps_the_time_of_a_step() -> None:
 
 
 def test_rates_of_a_run_are_scaled_and_named(tmp_path: Path) -> None:
-    run = measure(FakeRun(tmp_path / "run").folder)
-    work = scale_sweeps.measured_rates(run)
+    fake = measure(FakeRun(tmp_path / "run").folder)
+    work = scale_sweeps.measured_rates(fake)
     assert "measured" in work.label
-    assert work.rates(4).learner.policy_s == pytest.approx(run.rates.learner.policy_s / 4)
-    assert work.rates(4).engine == run.rates.engine
+    assert work.rates(4).learner.policy_s == pytest.approx(fake.rates.learner.policy_s / 4)
+    assert work.rates(4).engine == fake.rates.engine
 
 
 def test_a_prediction_is_held_against_the_run(tmp_path: Path) -> None:
-    run = measure(FakeRun(tmp_path / "run").folder)
-    measured, simulated, error = scale.validated("a run", run, run)
+    fake = measure(FakeRun(tmp_path / "run").folder)
+    measured, simulated, error = scale.validated("a run", fake, fake)
     assert measured["median"] == pytest.approx(2.0)
     assert "simulated" not in measured["unit"] and "simulated" in simulated["unit"]
     assert error["median"] == pytest.approx(100 * abs(simulated["median"] / 2.0 - 1))
     assert error["notes"]["within"] is True
-    slow = replace(run.rates, learner=replace(run.rates.learner, critic_s=2 * run.rates.learner.critic_s))
-    worse = scale.validated("a run", run, replace(run, rates=slow))[2]
+    slow = replace(fake.rates, learner=replace(fake.rates.learner, critic_s=2 * fake.rates.learner.critic_s))
+    worse = scale.validated("a run", fake, replace(fake, rates=slow))[2]
     assert worse["notes"]["within"] is False and worse["median"] > 15
 
 
@@ -75,6 +76,15 @@ def test_every_simulated_row_says_so_and_whose_rates_it_has() -> None:
     assert svg.count("<polyline") == 3  # two lags, and one
     with pytest.raises(LookupError, match="strong scaling"):
         scale_figure.figure(rows[2:])
+
+
+def test_the_suite_draws_its_figure_beside_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [r for kind in (scale_sweeps.strong, scale_sweeps.weak) for r in kind(workload(), sizes=(4,), lags=(0,))]
+    rows = [r | {"name": r["name"] + ", assumed"} for r in rows]
+    monkeypatch.setattr(run, "measure", lambda suite, only: rows)
+    assert run.run_suite("scale", [], tmp_path / "scale.json", checked=False)
+    assert len(read(tmp_path / "scale.json")["rows"]) == 2
+    assert (tmp_path / "scale.svg").read_text() == scale_figure.figure(rows)
 
 
 def test_failures_cost_what_they_undo() -> None:
