@@ -16,7 +16,7 @@ from orz_async.sim.tasks import Lengths
 from orz_async.sim.world import Outcome, Scenario, World
 
 _MEASURED_STEPS = 5
-"""Learner steps that count, after those that fill the pipeline."""
+"""Learner steps that count at least, after those that fill the pipeline."""
 MOST_ROLLOUTS = 2048
 """Of a simulated step; where there are more, one stands for several."""
 _LEAST_SLOTS = 16
@@ -103,7 +103,9 @@ def forecast(
     """Simulate `steps` steps (default: enough to fill the pipeline and a few more) and count the last ones."""
     window = min(config.broker.window, max_lag)
     warm = max_lag + 2 if not steps else min(2, steps - 1)
-    steps = steps or warm + _MEASURED_STEPS
+    # Where generators wait, lag + 1 steps come in one burst: only whole bursts give their rate.
+    burst = max_lag + 1
+    steps = steps or warm + -(-_MEASURED_STEPS // burst) * burst
     ledger = msgspec.structs.replace(
         ledger_config(config, num_heldout), max_lag=max_lag, window=window, total_steps=steps + max_lag + 1
     )

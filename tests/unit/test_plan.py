@@ -60,6 +60,14 @@ def test_lag_hides_the_shorter_side() -> None:
     assert steps == [pytest.approx(2.0, rel=0.02), pytest.approx(1.0, rel=0.05)]
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2, 4])
+def test_steps_that_come_in_bursts_are_counted_whole(lag: int) -> None:
+    """Generators to spare and hardly anything to learn: lag + 1 steps start together, and end a second later."""
+    pools = Pools(12, ENGINE, LearnerModel(fixed_s=1e-3))
+    found = forecast(config(), pools, FIXED, prompt_tokens=0.0, max_lag=lag)
+    assert found.step_s == pytest.approx(1.0 / (lag + 1), rel=0.02)
+
+
 def test_a_coarse_simulation_agrees_with_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "MOST_ROLLOUTS", 256)
     whole = config(prompts=128, samples=8)
