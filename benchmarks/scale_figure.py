@@ -12,9 +12,11 @@ _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #5d666f } .title { font-weight: 600; fill: #1d2125 }
 .grid { stroke: #e4e6e8 } .ideal { stroke: #9aa2aa; stroke-dasharray: 4 4 } polyline { fill: none; stroke-width: 1.8 }
 .c0 { stroke: #5d666f } .c1 { stroke: #2563a8 } .c2 { stroke: #2f8f5b } .c3 { stroke: #c05a12 }
+.n0 { fill: #5d666f } .n1 { fill: #2563a8 } .n2 { fill: #2f8f5b } .n3 { fill: #c05a12 }
 @media (prefers-color-scheme: dark) {
   text { fill: #a3acb5 } .title { fill: #e4e7ea } .grid { stroke: #2d3339 }
   .c0 { stroke: #a3acb5 } .c1 { stroke: #74aee8 } .c2 { stroke: #6cc492 } .c3 { stroke: #eb9a54 }
+  .n0 { fill: #a3acb5 } .n1 { fill: #74aee8 } .n2 { fill: #6cc492 } .n3 { fill: #eb9a54 }
 }"""
 _WIDTH, _PANEL, _LEFT, _TOP, _BOTTOM = 860, 430, 52, 52, 300
 _COLOURS = 4
@@ -82,9 +84,10 @@ def _ideal(at: Place, sizes: list[int], lines: dict[int, list[tuple[int, float]]
 
 
 def _names(left: int, lags: list[int], heights: list[float]) -> list[str]:
-    """The lag at the end of its line, none above another."""
+    """The lag at the end of its line and in its colour, none above another."""
     parts, last = [], math.inf
-    for lag, height in sorted(zip(lags, heights, strict=True), key=lambda pair: -pair[1]):
+    for number, height in sorted(enumerate(heights), key=lambda pair: -pair[1]):
         last = min(height, last - 14)
-        parts.append(f'<text x="{left + _PANEL - 60}" y="{round(last + 4, 1)}">S = {lag}</text>')
+        place = f'x="{left + _PANEL - 60}" y="{round(last + 4, 1)}"'
+        parts.append(f'<text class="n{number % _COLOURS}" {place}>S = {lags[number]}</text>')
     return parts

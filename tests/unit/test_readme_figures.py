@@ -16,6 +16,8 @@ from benchmarks.protocol import row
 from benchmarks.told import Told
 from orz_async.broker.verify import lines
 from orz_async.cli import dispatch
+from orz_async.cli_config import parse_config
+from orz_async.recipes import tiny_cpu
 from tests import fuzz_wire
 from tests.chaos import run as chaos
 
@@ -144,6 +146,27 @@ def test_output_of_another_form_is_an_error() -> None:
         promises.histories(Told("orz sim", "nothing of the kind"))
     with pytest.raises(LookupError, match="expected 'SIGSTOP"):
         Told("chaos", "nothing").items("SIGSTOP")
+
+
+def test_the_demo_is_recorded_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def command(name: str, *words: str) -> float:
+        """`orz`, without the training: the words must be settings that it accepts."""
+        if name == "make-base":
+            return 30.0
+        config = parse_config(list(words), prog=f"orz {name}")
+        assert config.steps == tiny_cpu().steps and config.model.path != tiny_cpu().model.path
+        seeds.append(config.seed)
+        folder = Path(config.run_dir)
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps({"accuracy_after": 0.5 + config.seed / 10}))
+        return 60.0 + config.seed
+
+    monkeypatch.setattr(demo, "timed", command)
+    figures = medians(demo.run())
+    assert seeds == [0, 1, 2]
+    assert figures == {"seed 0": 0.5, "seed 1": 0.6, "seed 2": 0.7, "from the command to the result": 91.0}
 
 
 def test_figures_of_the_demo(tmp_path: Path) -> None:
