@@ -111,6 +111,7 @@ def predicted(r: Results) -> str:
 
 
 STRONG = "strong scaling, 7b, assumed H100 rates"
+FAILURES = "failures, 7b, assumed H100 rates"
 
 
 def scaling(r: Results) -> str:
@@ -121,6 +122,14 @@ def scaling(r: Results) -> str:
         return " -> ".join(f"{rows.median(f'{gpus} GPUs, S = {lag}'):.0f}" for lag in (0, 1, 4))
 
     return "; ".join(f"{gpus} GPUs: {at(gpus)}" for gpus in ("8", "64", "1,024"))
+
+
+def failures(r: Results) -> str:
+    """What is left of the rate without failures, by kind."""
+    start = "64 GPUs, S = 1, "
+    rows = r.rows("scale", FAILURES).starting(start)
+    kept = {variant.removeprefix(start): row["notes"]["of_first"] for variant, row in rows.items()}
+    return ", ".join(f"{share:.0%} with {kind}" for kind, share in kept.items() if kind != "no failure")
 
 
 def wire(r: Results) -> str:

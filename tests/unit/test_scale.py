@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run, scale, scale_figure, scale_sweeps
+from benchmarks import readme_figures, run, scale, scale_figure, scale_sweeps
 from benchmarks.compare import read
 from benchmarks.scale_sweeps import Workload, orz_7b
 from orz_async.sim.measured import measure
@@ -71,6 +71,7 @@ def test_every_simulated_row_says_so_and_whose_rates_it_has() -> None:
         *scale_sweeps.weak(orz_7b(), 16, sizes=(8, 16), lags=(1,)),
     ]
     assert all(r["unit"].startswith("simulated") and "assumed H100" in r["name"] for r in rows)
+    assert rows[0]["name"] == readme_figures.STRONG
     svg = scale_figure.figure(rows)
     assert svg.count("Simulated: ") == 2 and "assumed H100" in svg
     assert svg.count("<polyline") == 3  # two lags, and one
@@ -94,4 +95,5 @@ def test_failures_cost_what_they_undo() -> None:
     assert calm["notes"]["failures"] == [0]
     assert generators["notes"]["failures"][0] > 0 and generators["notes"]["learner_restarts"] == [0]
     assert gpus["notes"]["learner_restarts"][0] > 0
+    assert calm["name"] == readme_figures.FAILURES and gpus["notes"]["of_first"] == gpus["median"] / calm["median"]
     assert gpus["median"] < generators["median"] <= calm["median"]
