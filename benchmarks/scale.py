@@ -43,7 +43,7 @@ def run() -> list[Row]:
     rows += scale_sweeps.strong(gpus)
     rows += scale_sweeps.weak(gpus)
     rows += scale_sweeps.by_length()
-    rows += scale_sweeps.failures()
+    rows += scale_sweeps.failures(gpus)
     return rows
 
 

@@ -199,6 +199,7 @@ def by_length(gpus: int = 64, lags: Sequence[int] = (0, 1)) -> list[Row]:
 
 
 def failures(
+    work: Workload,
     gpus: int = 64,
     lags: Sequence[int] = (0, 1),
     kinds: Sequence[str] = tuple(FAILURES),
@@ -208,7 +209,6 @@ def failures(
     """Rollouts trained a second, from the start to the last step, when GPUs fail: a generator's is replaced and its
     leases are lent again; one of the learner's takes it back to its last checkpoint, ten steps apart, and the journal
     gives it the same batches again."""
-    work = orz_7b()
     rows: list[Row] = []
     for lag in lags:
         share = work.best(gpus, lag).share
