@@ -206,6 +206,7 @@ def _notes(turns: list[Times]) -> dict[str, Any]:
         "length": last.length,
         "max_lag": last.max_lag,
         "learner_s": last.learner_s,
+        "generator_s": last.generator_s,
         "learner_idle": last.learner_idle,
         "generator_idle": last.generator_idle,
     }

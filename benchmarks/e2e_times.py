@@ -39,6 +39,8 @@ class Times:
     max_lag: int
     learner_s: dict[str, float]
     """By state."""
+    generator_s: dict[str, float]
+    """By state, mean over the daemons."""
     learner_idle: dict[str, float]
     generator_idle: dict[str, float]
     """Mean over the daemons."""
@@ -103,9 +105,15 @@ def times(events: Mapping[str, Sequence[Event]], skip: int) -> Times:
         length=tokens / rollouts,
         max_lag=max(step["lag_max"] for step in steps),
         learner_s=learner_s,
+        generator_s=_mean_by_state([seconds for _, seconds in readings], len(steps)),
         learner_idle=idle_fractions([(wall_s / len(steps), learner_s)]),
         generator_idle=idle_fractions(readings),
     )
+
+
+def _mean_by_state(daemons: Sequence[Mapping[str, float]], num_steps: int) -> dict[str, float]:
+    states = sorted({state for seconds in daemons for state in seconds})
+    return {state: sum(seconds.get(state, 0.0) for seconds in daemons) / len(daemons) / num_steps for state in states}
 
 
 def _account(told: Sequence[Event]) -> Account:

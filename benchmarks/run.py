@@ -2,7 +2,8 @@
 
 cpu     the numeric ops, engines and the learner's step on this machine's cores
 gpu     the kernels on a CUDA device, against float64 and their peers
-wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
+wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal, and
+        the journal alone
 e2e     the whole engine: rollouts/s, idle by cause, part of the overlap limit, time to 90 %, both engines (12 minutes)
 async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
@@ -30,7 +31,7 @@ from benchmarks.protocol import Row, cpu_name, save, table
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_ops", "engines", "learner_step"),
-    "wire": ("wire",),
+    "wire": ("wire", "journal"),
     "e2e": ("e2e",),
     "async": ("overlap",),
     "weights": ("weights",),

@@ -70,6 +70,7 @@ def test_times_leave_the_first_steps_out() -> None:
     assert made.max_lag == 2
     assert made.learner_s == pytest.approx({"wait_rollouts": 0.3, "policy": 1.2, "critic": 0.5})
     assert made.learner_idle == pytest.approx({"rollouts": 0.15})
+    assert made.generator_s == pytest.approx({"wait_leases": 0.125, "generate": 0.625, "wait_weights": 0.5})
     # g0 is counted for 1 s (half of it waiting), g1 for 4 s (half of it waiting).
     assert made.generator_idle == pytest.approx({"leases": 0.1, "weights": 0.4})
     assert made.idle_of("learner") == pytest.approx(0.15)
