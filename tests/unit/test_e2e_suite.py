@@ -104,6 +104,7 @@ def test_every_combination_is_asked_for() -> None:
         assert f"overlap, S = {lag}" in names and f"accuracy, S = {lag}" in names
         assert all(f"embedded, S = {lag}, {count} generators" in names for count in (1, 2, 3))
     assert {"vllm, S = 0, 1 generator", "vllm, S = 1, 1 generator", f"overlap, {STRICT}"} <= set(names)
+    assert f"overlap, {STRICT}, turn 2" in names
     assert not any(job.missing for job in jobs(Path("python")))
 
 
