@@ -143,7 +143,7 @@ class Runs:
         if job.part == "accuracy":
             outcome.seconds[job.variant] = found = time_to(ACCURACY, summary["evals"])
             if found is None:
-                best = max(e["accuracy"] for e in summary["evals"])
+                best = max((e["accuracy"] for e in summary["evals"]), default=None)
                 outcome.missing[job.name] = f"{ACCURACY:.0%} was not reached within {_FIRST_STEPS} steps; best {best}"
             told = "not reached" if found is None else f"{found:.1f} s"
         else:

@@ -185,7 +185,7 @@ class LearnerConfig:
     publish_early: bool = True
     """Publish the policy as soon as it is updated, so that its weights travel and generators work on while the critic
     trains. Off: at the end of the step; with broker.max_lag 0 nothing overlaps then, which is what to measure against.
-    What is computed is the same."""
+    What a step computes of its rollouts is the same."""
     max_tokens: int = 16384
     """Tokens of one packed microbatch; a longer sequence gets a microbatch of its own."""
     shard_ranks: int = 0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +138,45 @@ def test_a_budget_that_ends_takes_the_last_ones_and_names_them(monkeypatch: pyte
         "quick, broken": "it ended with 7",
         "quick, e": "no time left of 100 s",
     }
+
+
+needs_two_cores = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2 or shutil.which("taskset") is None, reason="needs two cores and taskset"
+)
+
+
+@needs_two_cores
+def test_each_side_has_a_core_of_its_own(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    prefix, (name, python) = e2e.Runs(tmp_path)._placement()
+    assert name == "--generator.python"
+    tell = ["-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    for argv, core in (([*prefix, sys.executable, *tell], cores[-1]), ([*prefix, python, *tell], cores[0])):
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.strip() == str([core])
+
+
+@needs_two_cores
+def test_cores_are_compared_by_work_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(e2e._products(0.05, 2)) == 2 and min(e2e._products(0.05, 2)) > 0
+    monkeypatch.setattr(e2e, "_products", lambda seconds, processes: [100.0] if processes == 1 else [90.0, 80.0])
+    [made] = e2e.cores(repeats=3)
+    assert (made["median"], made["n"], made["unit"]) == (0.8, 3, "ratio")
+
+
+def test_a_run_that_never_learns_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluations = [{"wall_s": 3.0, "accuracy": 0.5}, {"wall_s": 6.0, "accuracy": 0.9}]
+
+    def one_run(folder: Path, lag: int, extra: tuple[str, ...], prefix: tuple[str, ...]) -> dict[str, Any]:
+        folder.mkdir()
+        return {"evals": evaluations[: 1 + lag]}
+
+    monkeypatch.setattr(e2e, "one_run", one_run)
+    chosen = [job for job in jobs(None) if job.part == "accuracy"][:2]
+    outcome = work(chosen, e2e.Runs(tmp_path).do, lambda: 0.0)
+    assert outcome.seconds == {"S = 0": None, "S = 1": 6.0}
+    assert outcome.missing == {"accuracy, S = 0": "90% was not reached within 28 steps; best 0.5"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_pair_the_turns_and_name_what_is_missing() -> None:
