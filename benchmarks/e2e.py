@@ -38,7 +38,7 @@ COUNTS = (1, 2, 3)
 TURNS = 2
 SKIP = 5
 """First steps of a run that are not counted: until then S = 4 still fills what it may hold."""
-STEPS = 16
+STEPS = 15
 ACCURACY = 0.9
 STRICT = "strictly synchronous"
 VLLM = Path(".venv-vllm/bin/python")
@@ -108,6 +108,12 @@ def _embedded(count: int) -> Iterator[Job]:
         yield Job("embedded", f"S = {lag}, {count} generators", lag, ("--generator.count", str(count)))
 
 
+def skipped(lag: int) -> int:
+    """How many first steps do not count, so that the others are whole bursts: lag + 1 steps are admitted together, and
+    where generators have time to spare they end together."""
+    return SKIP + (STEPS - SKIP) % (lag + 1)
+
+
 def work(chosen: Sequence[Job], do: Callable[[Job, Outcome], None], clock: Callable[[], float]) -> Outcome:
     """Every job while the budget lasts: one is begun only if the slowest of its part so far would still fit."""
     outcome, slowest, began = Outcome(), dict[str, float](), clock()
@@ -147,7 +153,7 @@ class Runs:
                 outcome.missing[job.name] = f"{ACCURACY:.0%} was not reached within {_FIRST_STEPS} steps; best {best}"
             told = "not reached" if found is None else f"{found:.1f} s"
         else:
-            made = times(read_events(run_dir), SKIP)
+            made = times(read_events(run_dir), skipped(job.lag))
             outcome.times.setdefault((job.part, job.variant), []).append(made)
             told = f"{made.rollouts_s:.1f} rollouts/s, step {made.step_s:.2f} s, of it waiting {made.wait_s:.2f} s"
         shutil.rmtree(run_dir)

@@ -112,6 +112,13 @@ def test_every_combination_is_asked_for() -> None:
     assert not any(job.missing for job in jobs(Path("python")))
 
 
+def test_whole_bursts_are_counted() -> None:
+    for lag in (0, 1, 2, 4):
+        counted = e2e.STEPS - e2e.skipped(lag)
+        assert counted % (lag + 1) == 0 and counted >= 9
+        assert e2e.skipped(lag) >= e2e.SKIP
+
+
 def test_without_vllm_its_rows_are_named_and_not_run() -> None:
     chosen = [job for job in jobs(None) if job.part == "vllm"]
     outcome = work(chosen, lambda job, outcome: pytest.fail(f"{job.name} was run"), lambda: 0.0)
