@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.e2e import STRICT
 from benchmarks.learning import LAST
-from benchmarks.newest import Results, Rows
+from benchmarks.newest import Absent, Results, Rows
 from orz_async.observe.words import duration as clock
 
 # How figures are written.
@@ -61,6 +62,44 @@ def asynchrony(r: Results) -> str:
 def learner_waits(r: Results) -> str:
     idle = [row["notes"]["learner_idle"]["rollouts"] for row in r.rows("async", "async").values()]
     return each(idle, "{:.0%}")
+
+
+def overlap(r: Results) -> str:
+    """The limit, and the part of it that each lag reached."""
+    limit = r.rows("e2e", "e2e overlap limit").median(STRICT)
+    reached = r.rows("e2e", "e2e part of the limit")
+    return f"limit {limit:.2f}; {_by_lag(reached, '{:.0%}')}"
+
+
+def overlap_idle(r: Results) -> str:
+    """Of the slower side, where that was measured."""
+    compared = r.rows("e2e", "e2e part of the limit")  # Absent where the reference is missing
+    rows = r.rows("e2e", "e2e overlap")
+    told = (f"{variant}: {rows[variant]['notes']['bottleneck_idle']:.1%}" for variant in compared)
+    return f"{', '.join(told)} ({rows[STRICT]['notes']['bottleneck']})"
+
+
+def time_to_accuracy(r: Results) -> str:
+    return _by_lag(r.rows("e2e", "e2e accuracy"), "{:.0f} s")
+
+
+def throughput(r: Results) -> str:
+    """Rollouts/s of the variants that there was time for, embedded engine, then vLLM."""
+    told = []
+    for part in ("embedded", "vllm"):
+        try:
+            rows = r.rows("e2e", f"e2e {part}")
+        except Absent:
+            continue
+        for variant in (v.removesuffix(", rollouts/s") for v in rows if v.endswith(", rollouts/s")):
+            told.append(f"{part}, {variant}: {rows.median(f'{variant}, rollouts/s'):.0f}")
+    if not told:
+        raise Absent("no result of e2e with rollouts/s")
+    return "; ".join(told)
+
+
+def _by_lag(rows: Rows, form: str) -> str:
+    return ", ".join(f"{variant}: {form.format(row['median'])}" for variant, row in rows.items())
 
 
 def learning(r: Results) -> str:

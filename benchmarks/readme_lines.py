@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks import readme_figures as figures
+from benchmarks.e2e import SKIP, STEPS
 from benchmarks.newest import Absent, Results
 
 
@@ -60,6 +61,14 @@ MEASURED = (
     Line("demo, time, after installation", figures.demo_time, SAME),
     Line("rollouts/s at S = 0, 1, 2", figures.asynchrony, "`python -m benchmarks.run async`, two turns"),
     Line("learner waits for rollouts at S = 0, 1, 2", figures.learner_waits, "the same runs"),
+    Line(
+        "part of the limit of overlap reached, one generator and the learner with a core each",
+        figures.overlap,
+        "`python -m benchmarks.run e2e`",
+    ),
+    Line("the slower side of it idles", figures.overlap_idle, "the same run"),
+    Line("training time to 90 % held-out accuracy, two generators", figures.time_to_accuracy, "the same run"),
+    Line(f"rollouts/s of the demo's recipe, steps {SKIP + 1} to {STEPS}", figures.throughput, "the same run"),
     Line(
         "reward at the end, S = 0 to 8, clip around the behaviour / the proximal policy",
         figures.learning,

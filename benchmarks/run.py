@@ -2,7 +2,9 @@
 
 cpu     the numeric ops, engines and the learner's step on this machine's cores
 gpu     the kernels on a CUDA device, against float64 and their peers
-wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal
+wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with and without CURVE and journal, and
+        the journal alone
+e2e     the whole engine: rollouts/s, idle by cause, part of the overlap limit, time to 90 %, both engines (12 minutes)
 async   the same run at S = 0 and S = 1, side by side (minutes)
 weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
 learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds: 25 minutes at most, and a figure
@@ -29,7 +31,8 @@ from benchmarks.protocol import Row, cpu_name, save, table
 
 SUITES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_ops", "engines", "learner_step"),
-    "wire": ("wire",),
+    "wire": ("wire", "journal"),
+    "e2e": ("e2e",),
     "async": ("overlap",),
     "weights": ("weights",),
     "report": ("report",),
@@ -43,20 +46,21 @@ FIGURES: dict[str, Callable[[list[Row], Path], Path]] = {"scale": scale_figure.d
 """Parts that are drawn too, beside their result file."""
 
 
-def measure(suite: str, only: list[str]) -> list[Row]:
-    """Every part in turn."""
+def measure(suite: str, only: list[str], vllm: Path | None = None) -> list[Row]:
+    """Every part in turn. `vllm`: for the part that runs vLLM, the interpreter that has it."""
     rows: list[Row] = []
     for part in only or SUITES[suite]:
         print(f"-- {part}", flush=True)
-        measured: list[Row] = importlib.import_module(f"benchmarks.{part}").run()
+        taken = {"vllm": vllm} if part == "e2e" else {}
+        measured: list[Row] = importlib.import_module(f"benchmarks.{part}").run(**taken)
         print(table(measured), flush=True)
         rows += measured
     return rows
 
 
-def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool) -> bool:
+def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool, vllm: Path | None = None) -> bool:
     """Measure and save; False if it was checked and something became worse."""
-    rows = measure(suite, only)
+    rows = measure(suite, only, vllm)
     path = save(suite, rows, device=cpu_name(), out=out)
     print(path)
     for draw in (FIGURES[part] for part in SUITES[suite] if part in FIGURES):
@@ -77,6 +81,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="learning: seeds of each variant (%(default)s)")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--check", action="store_true", help="compare with the last committed result, 1 if worse")
+    parser.add_argument(
+        "--vllm", type=Path, help="e2e: interpreter with vLLM; default .venv-vllm/bin/python if it exists"
+    )
     parser.add_argument("--dry-run", action="store_true", help="gpu: tiny shapes on the CPU, Triton interpreted")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
     options = parser.parse_args()
@@ -98,7 +105,9 @@ def main() -> None:
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:
             parser.error(f"no part of {options.suite}: {', '.join(sorted(unknown))}")
         results = [
-            run_suite(suite, options.only, options.out if len(suites) == 1 else None, checked=options.check)
+            run_suite(
+                suite, options.only, options.out if len(suites) == 1 else None, checked=options.check, vllm=options.vllm
+            )
             for suite in suites
         ]
         raise SystemExit(0 if all(results) else 1)

@@ -182,6 +182,10 @@ class LearnerConfig:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    publish_early: bool = True
+    """Publish the policy as soon as it is updated, so that its weights travel and generators work on while the critic
+    trains. Off: at the end of the step; with broker.max_lag 0 nothing overlaps then, which is what to measure against.
+    What a step computes of its rollouts is the same."""
     max_tokens: int = 16384
     """Tokens of one packed microbatch; a longer sequence gets a microbatch of its own."""
     shard_ranks: int = 0

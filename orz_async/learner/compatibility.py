@@ -11,7 +11,7 @@ from orz_async.learner.checkpoint import Found, plain
 _FREE = (
     *("run_dir", "steps", "generator", "weights", "guard", "eval", "checkpoint", "journal", "observe"),
     *("model.path", "broker.bind", "broker.lease_s", "broker.heartbeat_s", "broker.max_attempts"),
-    *("broker.wait_generators_s", "learner.threads", "learner.audit_rollouts"),
+    *("broker.wait_generators_s", "learner.threads", "learner.audit_rollouts", "learner.publish_early"),
     *("learner.mismatch_warn", "learner.mismatch_stop", "learner.max_tokens"),
     *("learner.shard_ranks", "learner.activation_checkpointing", "learner.offload_optimizer"),
     *("learner.offload_critic", "learner.compile"),

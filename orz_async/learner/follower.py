@@ -26,7 +26,7 @@ class Command(IntEnum):
 
     RESUME = 1  # name of the checkpoint to load, or nothing
     GATHER = 2  # the policy is being published
-    LEARN = 3  # a step; its policy is published between the updates of policy and critic
+    LEARN = 3  # a step; with publish_early its policy is gathered between the updates of policy and critic
     SAVE = 4
     EXPORT = 5
     END = 6
@@ -73,7 +73,8 @@ def _learn(trainer: Trainer, timeline: Timeline, trajectories: list[Trajectory])
         step = trainer.begin(trajectories)
     with timeline.state("policy"):
         policy, _ = trainer.update_policy(step)
-    _gather(trainer)
+    if trainer.config.learner.publish_early:  # else rank 0 asks for it after the step
+        _gather(trainer)
     with timeline.state("critic"):
         critic = trainer.update_critic(step)
     trainer.conclude(policy, critic)

@@ -9,6 +9,8 @@ ends      after `steps` learner steps; on a signal (saved, exit 130); on an erro
     take ─► begin ─► update policy ─► publish v+1 ─► update critic ─► audit ─► checkpoint when due ─► take ...
              values,                   │ the weights travel, and generators
              advantages                ▼ work on, while the critic trains
+
+With `learner.publish_early` off a step publishes last: at S = 0 generators and learner then take turns.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class Learner:
             return self.services.rollouts.take(self.trainer.num_steps)
 
     def learn(self, trajectories: list[Trajectory]) -> None:
-        """One learner step, its weights on their way before the critic trains."""
+        """One learner step; unless `publish_early` is off, its weights are on their way before the critic trains."""
         timeline, trainer = self.services.timeline, self.trainer
         if trainer.world.size > 1:
             trainer.world.send(Command.LEARN, encode_rollouts(trajectories))
@@ -96,7 +98,8 @@ class Learner:
                 step = trainer.begin(trajectories)
             with timeline.state("policy"):
                 policy, table = trainer.update_policy(step)
-            self.publish(trainer.num_steps + 1)
+            if self.config.learner.publish_early:
+                self.publish(trainer.num_steps + 1)
             with timeline.state("critic"):
                 critic = trainer.update_critic(step)
             trainer.conclude(policy, critic)
@@ -110,6 +113,8 @@ class Learner:
         self._keep_tokens(step, table)
         self.check_alarms(fields)
         self.check_mismatch(table)
+        if not self.config.learner.publish_early:
+            self.publish(trainer.num_steps)
 
     def _keep_tokens(self, step: Step, table: LagTable) -> None:
         sample = token_sample(step, table, sampled_members(self.config, step.batch))
@@ -138,7 +143,7 @@ class Learner:
         return {state: seconds for state, seconds in spent.items() if seconds > 0}
 
     def publish(self, version: int) -> None:
-        """Offer the policy as it is. At a first version the others are not in `learn` and are told to gather."""
+        """Offer the policy as it is. Outside of a step the other ranks are told to gather; inside they know."""
         services = self.services
         with services.timeline.state("publish"):
             if version == self.trainer.num_steps:

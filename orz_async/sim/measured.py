@@ -22,6 +22,8 @@ from orz_async.sim.rates import Rates
 
 SKIPPED = 2
 """First steps that are not counted: caches fill, pages are touched, the pipeline starts."""
+_BEFORE, _AFTER = ("values", "policy"), ("critic", "audit")
+"""States of the learner that grow with the tokens, before and after it publishes early."""
 _BUSY = 0.5
 """Of a second: a second with less generation than that says little of the engine's speed."""
 
@@ -114,11 +116,14 @@ def _learner(steps: list[Event], prompt_tokens: float, config: Config, history: 
     for event in steps:
         for state, seconds in event["seconds"].items():
             spent[state] = spent.get(state, 0.0) + seconds
+    before, after = (sum(spent.get(state, 0.0) for state in states) for states in (_BEFORE, _AFTER))
+    if not config.learner.publish_early:
+        before, after = before + after, 0.0
     return LearnerModel(
         fixed_s=spent.get("other", 0.0) / len(steps),
-        policy_s=(spent.get("values", 0.0) + spent.get("policy", 0.0)) / tokens,
+        policy_s=before / tokens,
         publish_s=spent.get("publish", 0.0) / len(steps),
-        critic_s=(spent.get("critic", 0.0) + spent.get("audit", 0.0)) / tokens,
+        critic_s=after / tokens,
         checkpoint_s=float(history.checkpoint.get("seconds") or 0.0),
         checkpoint_every=config.checkpoint.every,
     )

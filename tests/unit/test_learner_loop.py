@@ -220,6 +220,20 @@ def test_the_order_of_things(model: Path, tmp_path: Path) -> None:
     assert first["truncated_fraction"] == first["verdicts"].get("truncated", 0) / 6
 
 
+def test_publishing_late_changes_when_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    trainers, order = {}, {}
+    for early in (True, False):
+        config, folder = make_config(model, learner={"publish_early": early}), tmp_path / str(early)
+        trainers[early] = run(config, folder, Sampler(config))
+        lines = (folder / "events" / "learner-0.jsonl").read_text().splitlines()
+        told = [e for e in map(json.loads, lines) if e["kind"] in ("step", "published")]
+        order[early] = [(e["kind"], e["version"]) for e in told]
+    assert all(torch.equal(a, b) for a, b in zip(state(trainers[True]), state(trainers[False]), strict=True))
+    steps = range(1, 5)
+    assert order[True] == [("published", 0), *((kind, v) for v in steps for kind in ("published", "step"))]
+    assert order[False] == [("published", 0), *((kind, v) for v in steps for kind in ("step", "published"))]
+
+
 def test_exports_load_in_transformers(model: Path, tmp_path: Path) -> None:
     trainer = run(make_config(model, steps=1), tmp_path, Sampler(make_config(model)))
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -207,6 +208,15 @@ def test_rates_and_figures_of_a_run(tmp_path: Path) -> None:
     assert found.found.learner_idle == pytest.approx(0.1)
     assert found.found.generator_idle == {"leases": pytest.approx(0.15), "weights": pytest.approx(0.05)}
     assert found.found.lag == {0: 0.25, 1: 0.75}
+
+
+def test_who_publishes_late_does_everything_before(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run").folder
+    whole = config(prompts=4, samples=4)
+    late = dataclasses.replace(whole, learner=dataclasses.replace(whole.learner, publish_early=False))
+    (run / "config.toml").write_text(to_toml(late))
+    learner = measure(run).rates.learner
+    assert (learner.policy_s, learner.critic_s) == (pytest.approx(1.7 / (16 * 25)), 0.0)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import demo, promises, readme_figures, readme_lines, storm
+from benchmarks.e2e import STRICT
 from benchmarks.newest import DEVICE, Absent, Results
 from benchmarks.protocol import row
 from benchmarks.told import Told
@@ -201,6 +202,25 @@ def test_figures_of_the_scale_suite(tmp_path: Path) -> None:
     assert readme_figures.failures(Results(tmp_path)) == "75% with 1 GPU an hour"
     assert readme_figures.predicted(Results(tmp_path)) == "S = 0: 2.20 / 2.00 s"
     assert readme_figures.scaling(Results(tmp_path)).startswith("8 GPUs: 10 -> 11 -> 14; 64 GPUs: 10 -> ")
+
+
+def test_figures_of_the_end_to_end_suite(tmp_path: Path) -> None:
+    strict = row("e2e overlap", STRICT, "rollouts/s", [80.0], bottleneck="generator")
+    idle = [row("e2e overlap", f"S = {lag}", "rollouts/s", [90.0], bottleneck_idle=0.01 * lag) for lag in (0, 1)]
+    rates = [row("e2e vllm", "S = 0, 1 generator", unit, [7.0]) for unit in ("rollouts/s", "tokens/s")]
+    rows = [
+        row("e2e overlap limit", STRICT, "ratio", [1.6, 1.7]),
+        *(row("e2e part of the limit", f"S = {lag}", "ratio", [0.7 + lag / 5]) for lag in (0, 1)),
+        *[strict, *idle, row("e2e accuracy", "S = 4", "s", [12.4]), *rates],
+    ]
+    write(tmp_path, "e2e", rows)
+    results = Results(tmp_path)
+    assert readme_figures.overlap(results) == "limit 1.65; S = 0: 70%, S = 1: 90%"
+    assert readme_figures.overlap_idle(results) == "S = 0: 0.0%, S = 1: 1.0% (generator)"
+    assert readme_figures.time_to_accuracy(results) == "S = 4: 12 s"
+    assert readme_figures.throughput(results) == "vllm, S = 0, 1 generator: 7"
+    with pytest.raises(Absent):
+        readme_figures.throughput(Results(tmp_path, device="a laptop"))
 
 
 def test_figures_of_learning(tmp_path: Path) -> None:
