@@ -1,16 +1,17 @@
-"""What the committed results say: rows by suite and name, from the newest file of one kind of machine that has them."""
+"""What the committed results say: rows by suite and name, from the newest file that has them."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.protocol import RESULTS, Row
 
-DEVICE = "AMD EPYC, 2 cores"
-"""README's machine; results of others may lie beside them."""
+DEVICES = ("AMD EPYC, 2 cores", "Intel(R) Xeon(R) Processor, 2 cores")
+"""README's machines; results of others may lie beside theirs."""
 
 
 class Absent(LookupError):
@@ -37,17 +38,26 @@ class Rows(dict[str, Row]):
 class Results:
     """The files of a folder."""
 
-    def __init__(self, folder: Path = RESULTS, device: str = DEVICE) -> None:
+    def __init__(self, folder: Path = RESULTS, devices: Sequence[str] = DEVICES) -> None:
         found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-        own = [(path, d) for path, d in found if d.get("schema") == 1 and d["device"] == device]
+        own = [(path, d) for path, d in found if d.get("schema") == 1 and d["device"] in devices]
         self._newest_first = sorted(own, key=lambda pair: (str(pair[1]["date"]), pair[0].name), reverse=True)
         self._folder = folder
+        self.asked: set[str] = set()
+        """Machines of the rows that were asked for, until somebody clears it."""
+
+    @property
+    def device(self) -> str:
+        """The machine that most files are from; of several, the one with the newest."""
+        counts = Counter(str(document["device"]) for _, document in self._newest_first)
+        return counts.most_common(1)[0][0] if counts else ""
 
     def rows(self, suite: str, name: str) -> Rows:
         """All variants of `name`; Absent if no file of the suite has it. A part of a suite may have its own file."""
         for _, document in self._newest_first:
             found = [r for r in document["rows"] if r["name"] == name]
             if document["suite"] == suite and found:
+                self.asked.add(str(document["device"]))
                 counts = Counter(r["variant"] for r in found)
                 return Rows(
                     {r["variant"] if counts[r["variant"]] == 1 else f"{r['variant']}, {r['unit']}": r for r in found}

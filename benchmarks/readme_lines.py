@@ -22,14 +22,20 @@ class Line(NamedTuple):
 
 
 def measured(results: Results) -> str:
-    """The table under "Measured"."""
-    lines = ["| what | figure | how |", "|---|---|---|"]
+    """The table under "Measured", with the machine, and in a line the machine where it was another."""
+    usual = f"On two shared cores ({results.device}) with nothing else running, unless a row says otherwise."
+    lines = [usual, "", "| what | figure | how |", "|---|---|---|"]
     for line in MEASURED:
-        try:
-            lines.append(f"| {line.what} | {line.figure(results)} | {line.how} |")
-        except Absent:
-            continue
+        with contextlib.suppress(Absent):
+            results.asked.clear()
+            lines.append(f"| {line.what} | {line.figure(results)} | {line.how}{_elsewhere(results)} |")
     return "\n".join(lines) + "\n"
+
+
+def _elsewhere(results: Results) -> str:
+    """The machines of the rows that were asked for last, unless it is the usual one."""
+    others = sorted(results.asked - {results.device})
+    return f" ({'; '.join(others)})" if others else ""
 
 
 def promises(results: Results) -> str:
@@ -37,7 +43,7 @@ def promises(results: Results) -> str:
     lines = ["| promise | shown by | figure |", "|---|---|---|"]
     lines += [f"| {line.what} | {line.how} | {_or_none(line, results)} |" for line in PROMISES]
     with contextlib.suppress(Absent):
-        lines += ["", f"Killed on two cores were {figures.killed(results)}."]
+        lines += ["", f"Killed were {figures.killed(results)} on two cores."]
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +83,7 @@ MEASURED = (
     Line("ledger under simulated faults", figures.histories, f"{PROMISE}: `orz sim --seeds 1000`"),
     Line("10,000 generators, 100 steps of 8,192, simulated", figures.large, f"{PROMISE}: `orz sim --scale`"),
     Line(
-        "step of tiny_cpu, simulated / measured, rates of another run",
+        "step of tiny_cpu, simulated / measured, rates of other runs",
         figures.predicted,
         "`python -m benchmarks.run scale`",
     ),

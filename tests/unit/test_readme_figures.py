@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import demo, promises, readme_figures, readme_lines, storm
 from benchmarks.e2e import STRICT
-from benchmarks.newest import DEVICE, Absent, Results
+from benchmarks.newest import DEVICES, Absent, Results
 from benchmarks.protocol import row
 from benchmarks.told import Told
 from orz_async.broker.verify import lines
@@ -25,7 +25,7 @@ from tests.chaos import run as chaos
 Row = dict[str, Any]
 
 
-def write(folder: Path, suite: str, rows: list[Row], *, date: str = "2026-01-01", device: str = DEVICE) -> None:
+def write(folder: Path, suite: str, rows: list[Row], *, date: str = "2026-01-01", device: str = DEVICES[0]) -> None:
     document = {"schema": 1, "suite": suite, "device": device, "date": date, "rows": rows}
     (folder / f"{suite}_{date}_{len(list(folder.iterdir()))}.json").write_text(json.dumps(document))
 
@@ -46,6 +46,16 @@ def test_the_newest_file_that_has_a_row_counts(tmp_path: Path) -> None:
         results.rows("cpu", "gae").median("triton")
     with pytest.raises(Absent, match="no result of cpu with rows named 'delta'"):
         results.rows("cpu", "delta")
+
+
+def test_a_line_from_another_machine_says_so(tmp_path: Path) -> None:
+    idle = {"rollouts": 0.1}
+    for n, suite in enumerate(("cpu", "wire")):
+        write(tmp_path, suite, [row("x", "y", "ms", [1.0])], date=f"2026-01-0{n + 1}", device=DEVICES[1])
+    write(tmp_path, "async", [row("async", "S = 0", "rollouts/s", [7.0], learner_idle=idle)], date="2026-02-01")
+    table = readme_lines.measured(Results(tmp_path))
+    assert f"two shared cores ({DEVICES[1]})" in table
+    assert f"two turns ({DEVICES[0]}) |" in table
 
 
 def test_variants_with_several_units_are_told_apart(tmp_path: Path) -> None:
@@ -234,7 +244,7 @@ def test_figures_of_learning(tmp_path: Path) -> None:
 
 def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    assert readme_lines.measured(results).count("\n") == 2
+    assert readme_lines.measured(results).count("\n") == 4
     told = readme_lines.promises(results)
     assert told.count("no result committed") == len(readme_lines.PROMISES) and "Killed" not in told
 

@@ -55,13 +55,13 @@ def test_rates_of_a_run_are_scaled_and_named(tmp_path: Path) -> None:
 
 def test_a_prediction_is_held_against_the_run(tmp_path: Path) -> None:
     fake = measure(FakeRun(tmp_path / "run").folder)
-    measured, simulated, error = scale.validated("a run", fake, fake)
+    measured, simulated, error = scale.validated("a run", fake, (fake, fake))
     assert measured["median"] == pytest.approx(2.0)
     assert "simulated" not in measured["unit"] and "simulated" in simulated["unit"]
     assert error["median"] == pytest.approx(100 * abs(simulated["median"] / 2.0 - 1))
     assert error["notes"]["within"] is True
     slow = replace(fake.rates, learner=replace(fake.rates.learner, critic_s=2 * fake.rates.learner.critic_s))
-    worse = scale.validated("a run", fake, replace(fake, rates=slow))[2]
+    worse = scale.validated("a run", fake, (replace(fake, rates=slow),))[2]
     assert worse["notes"]["within"] is False and worse["median"] > 15
 
 
