@@ -230,7 +230,7 @@ def test_figures_of_the_end_to_end_suite(tmp_path: Path) -> None:
     assert readme_figures.time_to_accuracy(results) == "S = 4: 12 s"
     assert readme_figures.throughput(results) == "vllm, S = 0, 1 generator: 7"
     with pytest.raises(Absent):
-        readme_figures.throughput(Results(tmp_path, device="a laptop"))
+        readme_figures.throughput(Results(tmp_path, devices=("a laptop",)))
 
 
 def test_figures_of_learning(tmp_path: Path) -> None:
