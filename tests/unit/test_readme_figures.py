@@ -257,6 +257,6 @@ def test_every_committed_suite_is_in_the_table() -> None:
             assert line.figure(results)
         except Absent as absent:
             missing.add(str(absent).removeprefix("no result of ").split()[0])
-    for suite in missing:
+    for suite in missing - {"e2e"}:  # which says itself what there was no time for
         with pytest.raises(Absent):
             results.file(suite)  # a suite with a result has all its lines
