@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from orz_async.errors import EngineError
 from orz_async.generator import vllm_shim as shim
+from orz_async.generator.vllm_labels import Labels
 from orz_async.records import Span
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class VllmLoop:
 
         # Here, in the thread that lives as long as the engine: its processes end with the thread that started them.
         self._llm = AsyncLLM.from_engine_args(engine_args)
+        self._labels = Labels(self._llm)
 
     def call(self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
         """Run a coroutine in the loop. EngineError if it fails or takes longer than so many seconds."""
@@ -110,9 +112,10 @@ class VllmLoop:
         try:
             async for output in self._llm.generate(prompt, params, request):
                 one = output.outputs[0]
-                spans = tuple(Span(int(span.version), span.start) for span in one.weight_versions or ())
-                logprobs = list(one.logprobs.logprobs) if one.logprobs is not None else []
-                self._put(Chunk(request, list(one.token_ids), logprobs, one.finish_reason, spans))
+                spans = self._labels.of(request, one) if one.finish_reason is not None else ()
+                tokens, logprobs = list(one.token_ids), list(one.logprobs.logprobs) if one.logprobs is not None else []
+                # Before 0.32 the end of an aborted request, without a token, brings all log-probs once more.
+                self._put(Chunk(request, tokens, logprobs[: len(tokens)], one.finish_reason, spans))
         except asyncio.CancelledError:
             raise
         # A process edge: an engine that died and a request it refuses both come out here, as any class of exception.
@@ -123,6 +126,7 @@ class VllmLoop:
                 self._put(Chunk(request, [], [], "error", error=_words(error)))
         finally:
             self._tasks.pop(request, None)
+            self._labels.forget(request)
 
     def _put(self, chunk: Chunk) -> None:
         self._chunks.append(chunk)

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import signal
 
+from orz_async.generator.vllm_labels import label_outputs
+
 BACKEND = "orz"
 
 _PR_SET_PDEATHSIG = 1
@@ -22,6 +24,7 @@ def register() -> None:
 
     if BACKEND not in Factory._registry:
         Factory.register_engine(BACKEND, "orz_async.generator.vllm_transfer", "FileTransferEngine")
+    label_outputs()
     _end_with_parent()
 
 

@@ -1,7 +1,8 @@
 """All that is asked of vLLM by name, so that another version of it is met in this file alone.
 
-Written against 0.32, where per-token versions, weight updates and the pause are public API; 0.29 is the first that
-labels tokens with the version of its weights, and what is older is refused: tokens labelled from outside can be wrong.
+Written against 0.32, where per-token versions, weight updates and the pause are public API. 0.27 is the first whose
+engine keeps the version of its weights, which `vllm_labels` brings to the tokens where vLLM does not; what is older is
+refused: tokens labelled from outside can be wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from orz_async.errors import ConfigError
 from orz_async.generator.vllm_options import refuse
 from orz_async.generator.vllm_plugin import BACKEND
 
-OLDEST, TOO_NEW = (0, 29), (0, 33)
+OLDEST, TOO_NEW = (0, 27), (0, 33)
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -45,8 +46,8 @@ def require_vllm() -> str:
         found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
         if not OLDEST <= found < TOO_NEW:
             raise ConfigError(
-                f"expected vLLM from {OLDEST[0]}.{OLDEST[1]} to below {TOO_NEW[0]}.{TOO_NEW[1]}, found {version}; "
-                "install vllm==0.32.0"
+                f"expected vLLM from {OLDEST[0]}.{OLDEST[1]} to below {TOO_NEW[0]}.{TOO_NEW[1]}, found {version}: "
+                "older engines do not know the version of their weights, newer ones are untried; install vllm==0.32.0"
             )
         if not any(one.name == "orz_async" for one in importlib.metadata.entry_points(group="vllm.general_plugins")):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -66,6 +67,11 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):  #
 
     def shutdown(self) -> None:
         """Nothing is held."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: object) -> None:
+        """vLLM 0.27 asks for the sender's side as well, and never calls it: here that is the daemon's `WeightFile`."""
+        raise NotImplementedError("weights are laid into a file by the daemon")
 
 
 def _verified(info: FileUpdateInfo) -> Iterator[tuple[str, Tensor]]:
