@@ -45,7 +45,7 @@ class Hello(_Message, frozen=True, gc=False):
     """0 while the model is not known yet."""
     pid: int
     relay: str = ""
-    """Where it offers the weights it has to other generators; empty if it does not."""
+    """Where it offers the weights it has to other generators, with keys as ADDRESS|PUBLIC_KEY; empty if it does not."""
     host: str = ""
     """Name of its machine: a relay on loopback is for the others there."""
 
@@ -104,6 +104,8 @@ class Welcome(_Message, frozen=True, gc=False):
     """Longest prompt plus response any lease will ask for."""
     digest: str = ""
     """Of the newest published version: whoever hands out its weights is held to it."""
+    readers: tuple[str, ...] = ()
+    """With keys: public keys of the generators that may fetch from this one, and no others."""
 
 
 class Grant(_Message, frozen=True, gc=False):
@@ -136,7 +138,9 @@ class Published(_Message, frozen=True, gc=False):
     digest: str = ""
     """Of this version; empty if it is not known."""
     sources: tuple[str, ...] = ()
-    """Where to fetch from now on, best first, the learner last; empty: no change."""
+    """Where to fetch from now on, best first, the learner last; empty: no change, of the readers neither."""
+    readers: tuple[str, ...] = ()
+    """As in Welcome."""
 
 
 class Bye(_Message, frozen=True, gc=False):

@@ -34,6 +34,7 @@ from orz_async.errors import WireError
 from orz_async.keys.roster import Member, Roster
 from orz_async.observe.events import EventLog
 from orz_async.records import Trajectory
+from orz_async.weights.address import split_key
 
 MAX_NAME = 64
 MAX_NAMES = 1000
@@ -84,7 +85,7 @@ class Reception:
         self.roster = roster
         """Who may speak here; None without keys."""
         self.standings = Standings()
-        self.routes = WeightRoutes(welcome.weights_address, switchboard, ledger)
+        self.routes = WeightRoutes(welcome.weights_address, switchboard, ledger, roster)
         self._turned_away: set[str] = set()
         """Names whose refusal has been reported."""
         self.stray_frames = 0
@@ -140,6 +141,7 @@ class Reception:
             for connection in list(self.switchboard.by_identity.values()):
                 if self.roster.find(connection.key) is None:
                     self._expel(connection, to)
+            self.routes.tell_relays()
 
     def _expel(self, connection: Connection, to: Ledgerward) -> None:
         """Silence makes the daemon of a rotated key connect again, with the new one; that of a revoked key is told."""
@@ -198,8 +200,7 @@ class Reception:
             # One connection is one generator: names it has had must not pile up.
             self.switchboard.disconnect(before)
             to.apply(Left(before.name, f"it calls itself {hello.name!r} now"))
-        # A relay would have to hold the learner's key: with keys everybody fetches from the learner itself.
-        if member is not None or not is_relay_address(hello.relay):
+        if not is_relay_address(hello.relay, keyed=member is not None):
             hello = msgspec.structs.replace(hello, relay="")
         hello = msgspec.structs.replace(hello, host=hello.host[:MAX_NAME])
         connection = Connection(identity, hello, since=now, heard=now, sent=now, received=header.sequence)
@@ -208,7 +209,8 @@ class Reception:
         self.greet(connection)
         connection.slots = min(max(hello.slots, 0), wire.MAX_SLOTS)
         slots = self.standings[owner].credit(connection.slots, now)
-        about = {"engine": hello.engine[:MAX_NAME], "slots": slots, "pid": hello.pid, "relay": hello.relay}
+        about = {"engine": hello.engine[:MAX_NAME], "slots": slots, "pid": hello.pid}
+        about["relay"] = split_key(hello.relay)[0]
         self._announce(connection, now, **about)
         to.apply(Joined(hello.name, slots))
 
@@ -253,6 +255,8 @@ class Reception:
         return ""
 
     def greet(self, connection: Connection) -> None:
+        # First those it may fetch from: they must know its key before it knocks.
+        self.routes.tell_relays(connection.name)
         self.switchboard.send_to(connection.identity, self.routes.welcome(self.welcome, connection.name))
 
     @property

@@ -64,10 +64,6 @@ class Broker:
         start: ResumePoint | None,
     ) -> None:
         check_bind(config.broker.bind, keyed=bool(config.broker.keys))
-        if config.broker.keys and config.weights.relays:
-            raise ConfigError(
-                "weights.relays does not go with broker.keys: a relay cannot prove that it is the learner"
-            )
         self._config = config
         self._run_dir = run_dir
         self._run_id = run_id

@@ -23,12 +23,14 @@ from orz_async.generator.ports import GradeKey
 from orz_async.generator.serving import make_serving, preload
 from orz_async.generator.vllm_options import parse_options
 from orz_async.generator.vllm_shim import require_vllm
-from orz_async.keys.files import KeyFile, read_key
+from orz_async.keys.curve import Admitted, CurveKeys
+from orz_async.keys.files import KeyFile, new_pair, read_key
 from orz_async.keys.ring import LOCAL
 from orz_async.observe.events import EventLog
 from orz_async.observe.process import run_main
 from orz_async.reward.pool import GraderPool
 from orz_async.weights import transport
+from orz_async.weights.address import join_key
 
 DESCRIPTION = """\
 A generator daemon: samples rollouts for a learner and scores them. Start as many as you like, on any machine that
@@ -205,6 +207,15 @@ def vocab_size_of(model_path: str) -> int:
         ) from error
 
 
+def relay_pair(readers: Admitted) -> CurveKeys:
+    """What a relay listens with: a pair for this process alone, vouched for by the connection that names it.
+
+    The daemon's own pair may be rotated while the relay listens, and stays out of a socket that strangers reach.
+    """
+    public, secret = new_pair()
+    return CurveKeys(public=public.encode(), secret=secret.encode(), allowed=readers)
+
+
 def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     settings = settings_of(options)
     engine_options = parse_options(settings.vllm)
@@ -214,11 +225,11 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
     key = key_of(options)
     keys = None if key is None else lambda: read_key(key).keys
     model_path, slots = model_of(options), settings.slots + settings.queue
-    relay = transport.relay_address(options.relay)
-    if relay and key is not None:
-        raise ConfigError("expected --key or --relay, found both: a relay cannot prove that it is the learner")
+    relay, readers = transport.relay_address(options.relay), Admitted()
+    relay_keys = relay_pair(readers) if relay and key is not None else None
+    source = relay if relay_keys is None else join_key(relay, relay_keys.public)
     called = name_with_key(name, None if key is None else read_key(key))
-    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), relay, socket.gethostname())
+    hello = Hello(called, settings.engine, slots, vocab_size_of(model_path), os.getpid(), source, socket.gethostname())
     events = EventLog.disabled()
     if options.run_dir:
         events = EventLog(Path(options.run_dir) / "events" / f"generator-{name}.jsonl", f"generator-{name}")
@@ -235,12 +246,20 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
             options=engine_options,
         ),
         make_fetcher=lambda where, epoch: transport.connect(
-            where, epoch, events, keys=keys, give_up_s=settings.reconnect_s, device=options.device, relay=relay
+            where,
+            epoch,
+            events,
+            keys=keys,
+            give_up_s=settings.reconnect_s,
+            device=options.device,
+            relay=relay,
+            relay_keys=relay_keys,
         ),
         grader=grader,
         slots=slots,
         events=events,
         drain_s=options.drain_s,
+        admit=readers.replace,
     )
 
 

@@ -81,9 +81,13 @@ class Daemon:
         slots: int,
         events: EventLog,
         drain_s: float = 30.0,
+        admit: Callable[[tuple[str, ...]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`slots` counts all leases held at once, those queued in the engine and those being graded included."""
+        """`slots` counts all leases held at once, those queued in the engine and those being graded included.
+
+        admit: told the public keys of those who may read from this daemon's relay, whenever the broker names them.
+        """
         self._client = client
         self._make_serving = make_serving
         self._make_fetcher = make_fetcher
@@ -91,6 +95,7 @@ class Daemon:
         self._slots = slots
         self._events = events
         self._drain_s = drain_s
+        self._admit = admit
         self._clock = clock
         self._timeline = Timeline(events, "generator", clock)
         self._meter = Meter(events, clock)
@@ -214,7 +219,9 @@ class Daemon:
             case Cancel(leases):
                 for ref in leases:
                     self._work.forget(ref)
-            case Published(version, digest, sources):
+            case Published(version, digest, sources, readers):
+                if sources:
+                    self._admit(readers)
                 if self._weights is not None:
                     self._weights.want(version, digest, sources)
             case Bye(reason, finished):
@@ -224,6 +231,7 @@ class Daemon:
 
     def _join(self, welcome: Welcome) -> None:
         """Begin the epoch, or, in a known one, repeat what the broker may have missed."""
+        self._admit(welcome.readers)
         if self._weights is None or self._client.epoch != self._epoch or self._is_changed(welcome, "run_id"):
             self._begin_epoch(welcome)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -49,6 +49,19 @@ def secure_client(socket: zmq.Socket[bytes], keys: CurveKeys) -> None:
         raise WireError("expected a key file that names the learner's public key; make one with `orz keys new`")
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     socket.curve_serverkey = keys.server
+
+
+class Admitted:
+    """A list of public keys that somebody else decides on, empty until then. `key in admitted`, from any thread."""
+
+    def __init__(self) -> None:
+        self._keys: frozenset[bytes] = frozenset()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def replace(self, keys: Iterable[str]) -> None:
+        self._keys = frozenset(key.encode() for key in keys)
 
 
 class Gatekeeper:

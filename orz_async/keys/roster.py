@@ -90,6 +90,10 @@ class Roster:
         """The part of the list that may fetch weights."""
         return Generators(self)
 
+    def keys_of(self, name: str) -> list[str]:
+        """The public keys that this name may use at this moment."""
+        return [key.decode() for key, member in sorted(self._members.items()) if member.name == name and key in self]
+
     def knows(self, name: str) -> bool:
         """Whether this name has any key that is allowed: if so, a key that ended was rotated, else revoked."""
         return any(member.name == name and self.find(key) is not None for key, member in list(self._members.items()))

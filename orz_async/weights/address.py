@@ -1,4 +1,7 @@
-"""Where weights may be offered: loopback to anyone on this machine, elsewhere only to holders of keys."""
+"""Where weights may be offered: loopback to anyone on this machine, elsewhere only to holders of keys.
+
+A source is an address, of a relay with keys followed by | and the public key of its socket.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,18 @@ import zmq
 from orz_async.errors import ConfigError, PortError
 from orz_async.keys.curve import CurveKeys, Gatekeeper, is_loopback, secure_client, secure_server
 
-__all__ = ["CurveKeys", "Gatekeeper", "bind", "is_loopback", "secure_client", "secure_server"]
+__all__ = ["CurveKeys", "Gatekeeper", "bind", "is_loopback", "join_key", "secure_client", "secure_server", "split_key"]
+
+
+def join_key(address: str, public: bytes) -> str:
+    """The source of a relay whose socket has this public key (Z85, which has no | and no comma)."""
+    return f"{address}|{public.decode()}"
+
+
+def split_key(source: str) -> tuple[str, bytes]:
+    """Address and public key; the key is empty where the learner's own, or none, is meant."""
+    address, _, public = source.partition("|")
+    return address, public.encode()
 
 
 def bind(socket: zmq.Socket[bytes], address: str, keys: CurveKeys | None) -> str:

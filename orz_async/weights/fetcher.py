@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -42,15 +43,17 @@ class StreamFetcher:
         give_up_s: float = 600.0,
         on_state: Callable[[State], None] | None = None,
     ) -> None:
-        """address: of the publisher; or several, best first, relays and at last the publisher they lead back to.
+        """address: of the publisher; or several sources, best first, relays and at last the publisher they lead to.
 
         keys: a function is asked at every connection, so that a rotated key is used at the next one.
         on_state: called from the thread with each complete version.
         """
         self._on_state = on_state
         self._epoch, self._events, self._keys = epoch, events, keys
+        self._server_keys: dict[str, bytes] = {}
+        """Of relays, by address. A public key was told by the broker, so nobody can stand in for that relay."""
         self._download = Download(
-            [address] if isinstance(address, str) else address,
+            self._addresses_of([address] if isinstance(address, str) else address),
             limits=limits if limits is not None else Limits(),
             stall_s=stall_s,
             give_up_s=give_up_s,
@@ -125,7 +128,20 @@ class StreamFetcher:
         while self._news:
             version, digest, sources = self._news.popleft()
             self._download.digests.learn(version, digest)
-            self._act(self._download.route(sources, now))
+            peer, known = self._download.peer, self._server_keys
+            self._act(self._download.route(self._addresses_of(sources), now))
+            if self._download.peer == peer and known.get(peer) != self._server_keys.get(peer) and self._socket:
+                # The relay was started anew where it was: this connection would knock with the old key for ever.
+                self._disconnect()
+                self._connect()
+                self._act(self._download.reconnected(now))
+
+    def _addresses_of(self, sources: Sequence[str]) -> list[str]:
+        """The addresses of these sources, whose keys are those to use from now on."""
+        split = [addresses.split_key(source) for source in sources]
+        if split:
+            self._server_keys = {address: public for address, public in split if public}
+        return [address for address, _ in split]
 
     def _observe(self, monitor: zmq.Socket[bytes], now: float) -> None:
         """ZeroMQ connects again by itself after a cut, but what was asked on the old connection is lost."""
@@ -203,7 +219,9 @@ class StreamFetcher:
         socket.heartbeat_ivl = 2000
         socket.heartbeat_timeout = 10000
         if self._keys is not None:
-            addresses.secure_client(socket, self._keys() if callable(self._keys) else self._keys)
+            keys = self._keys() if callable(self._keys) else self._keys
+            server = self._server_keys.get(self._download.peer, keys.server)
+            addresses.secure_client(socket, dataclasses.replace(keys, server=server))
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._connections = 0
         socket.connect(self._download.peer)

@@ -69,10 +69,12 @@ def connect(
     give_up_s: float = 600.0,
     device: str = "cpu",
     relay: str = "",
+    relay_keys: CurveKeys | None = None,
 ) -> Fetcher:
-    """A fetcher from `address`; several, comma separated, are relays and at last the learner.
+    """A fetcher from `address`; several sources, comma separated, are relays and at last the learner.
 
     device: of the engine, for nccl. relay: with the stream, where to offer what was fetched to others; "" nowhere.
+    relay_keys: what the relay listens with, and who may read from it.
     """
     if address.startswith(file.SCHEME):
         return FileFetcher(address, epoch, events, limits=limits, give_up_s=give_up_s)
@@ -82,7 +84,9 @@ def connect(
     for one in addresses:
         _require_stream(one)
     if relay:
-        return Relay(addresses, relay, epoch, events, keys=keys, limits=limits, give_up_s=give_up_s)
+        return Relay(
+            addresses, relay, epoch, events, keys=keys, serve_keys=relay_keys, limits=limits, give_up_s=give_up_s
+        )
     return StreamFetcher(addresses, epoch, events, keys=keys, limits=limits, give_up_s=give_up_s)
 
 
@@ -91,9 +95,11 @@ def relay_address(bind: str) -> str:
     if not bind:
         return ""
     _require_stream(bind)
+    host = urlsplit(bind).hostname or ""
+    if host in ("0.0.0.0", "*", "::"):
+        raise ConfigError(f"expected an address at which others reach this machine to relay weights on, got {bind}")
     if not bind.startswith("tcp://") or not bind.endswith(":0"):
         return bind
-    host = urlsplit(bind).hostname or ""
     try:
         with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
             return f"{bind.removesuffix(':0')}:{listener.getsockname()[1]}"

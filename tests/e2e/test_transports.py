@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,19 +23,25 @@ def fetched(run: Run, generator: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "transport",
-    ["relays", pytest.param("nccl", marks=pytest.mark.slow), pytest.param("file", marks=pytest.mark.slow)],
+    ["relays", "keyed", pytest.param("nccl", marks=pytest.mark.slow), pytest.param("file", marks=pytest.mark.slow)],
 )
-def test_a_run_over_it_loses_a_generator_and_goes_on(new_run: Callable[..., Run], transport: str) -> None:
-    way = "stream" if transport == "relays" else transport
-    run = new_run(transport, "--steps", str(STEPS), "--weights.transport", way, "--broker.lease-s", "4")
+def test_a_run_over_it_loses_a_generator_and_goes_on(
+    new_run: Callable[..., Run], tmp_path: Path, transport: str
+) -> None:
+    relays = transport in ("relays", "keyed")
+    way = "stream" if relays else transport
+    # Then every connection is encrypted and proves a key, those to a relay too.
+    keys = ("--broker.keys", str(tmp_path / "keys")) if transport == "keyed" else ()
+    run = new_run(transport, "--steps", str(STEPS), "--weights.transport", way, "--broker.lease-s", "4", *keys)
     learner = run.learner()
-    relay = ("--relay", "tcp://127.0.0.1:0") if transport == "relays" else ()
+    relay = ("--relay", "tcp://127.0.0.1:0") if relays else ()
     first = run.generator("first", *relay)
     wait_for(lambda: fetched(run, "first"), "weights of the first generator")
     run.generator("second", *relay)
     wait_for(lambda: fetched(run, "second"), "weights of the second generator")
-    if transport == "relays":
-        address = next(event["relay"] for event in run.events("broker", "joined") if event["generator"] == "first")
+    if relays:
+        name = "local.first" if keys else "first"  # whoever has a key has its name
+        address = next(event["relay"] for event in run.events("broker", "joined") if event["generator"] == name)
         assert address
         # On a busy machine the first one may have been given up for a while: then the learner serves the second.
         through = wait_for(lambda: [e for e in fetched(run, "second") if e["source"] == address], "weights by relay")

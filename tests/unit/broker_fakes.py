@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from orz_async.broker.messages import (
 )
 from orz_async.broker.server import Broker, ResumePoint
 from orz_async.config import BrokerConfig, Config, DataConfig, EvalConfig, SamplingConfig
+from orz_async.keys.curve import CurveKeys
 from orz_async.observe.events import EventLog
 from orz_async.records import Lease, Prompt, Span, Trajectory, float32_bytes, int32_bytes
 
@@ -103,9 +105,10 @@ class FakeGenerator:
         pid: int = 1,
         relay: str = "",
         host: str = "here",
+        keys: Callable[[], CurveKeys] | None = None,
     ) -> None:
         hello = Hello(name, "fake", slots, vocab_size, pid, relay, host)
-        self.client = BrokerClient(address, hello, reconnect_s=20.0, events=EventLog.disabled())
+        self.client = BrokerClient(address, hello, reconnect_s=20.0, events=EventLog.disabled(), keys=keys)
         self.name = name
         self.slots = slots
         self.version = -1

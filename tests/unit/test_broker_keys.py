@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,23 @@ from broker_fakes import VOCAB, FakeGenerator, answer, make_broker, small_config
 
 from orz_async.broker import wire
 from orz_async.broker.client import BrokerClient
-from orz_async.broker.messages import Bye, Failure, Hello, Leave, Nack, Observe, Result, Status, ToGenerator, Welcome
+from orz_async.broker.messages import (
+    Bye,
+    Failure,
+    Hello,
+    Leave,
+    Nack,
+    Observe,
+    Published,
+    Result,
+    Status,
+    ToGenerator,
+    Welcome,
+)
 from orz_async.broker.observer import Observer
 from orz_async.broker.server import Broker
 from orz_async.broker.standing import FREE_DEBT
-from orz_async.config import WeightsConfig
-from orz_async.errors import ConfigError, PeerLostError, WireError
+from orz_async.errors import PeerLostError, WireError
 from orz_async.keys.curve import CurveKeys, secure_client
 from orz_async.keys.files import new_pair, read_key
 from orz_async.keys.ring import Keyring
@@ -329,7 +339,45 @@ def test_without_keys_anyone_on_this_machine_may_look(tmp_path: Path) -> None:
     broker.close(finished=True, reason="done")
 
 
-def test_relays_do_not_go_with_keys(tmp_path: Path) -> None:
-    config = dataclasses.replace(small_config(keys=str(tmp_path / "keys")), weights=WeightsConfig(relays=True))
-    with pytest.raises(ConfigError, match="a relay cannot prove that it is the learner"):
-        make_broker(tmp_path, config)
+RELAY = "tcp://127.0.0.1:5601"
+
+
+def relaying(broker: Broker, name: str, keys: CurveKeys, relay: str = "", pid: int = 1) -> FakeGenerator:
+    return FakeGenerator(broker.address, name, relay=relay, pid=pid, keys=lambda: keys)
+
+
+def told(fake: FakeGenerator) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Sources and readers, as it was told last."""
+    for message in reversed(list(fake.seen)):
+        if isinstance(message, Welcome):
+            return tuple(message.weights_address.split(",")), frozenset(message.readers)
+        if isinstance(message, Published) and message.sources:
+            return message.sources, frozenset(message.readers)
+    return (), frozenset()
+
+
+def test_a_relay_is_told_whom_it_serves_and_they_the_key_of_its_socket(broker: Broker, ring: Keyring) -> None:
+    learner, one = "tcp://127.0.0.1:1", f"{RELAY}|{new_pair()[0]}"
+    keys = {name: keys_of(ring, name) for name in ("a", "b", "c")}
+    public = {name: pair.public.decode() for name, pair in keys.items()}
+    with relaying(broker, "a", keys["a"], one) as a, relaying(broker, "b", keys["b"]) as b:
+        until(lambda: told(a) == ((learner,), {public["b"]}) and told(b)[0] == (one, learner))
+        # A pair that is being rotated has both its keys for a while, whichever connection they were proven on.
+        ring.rotate("b", 3600.0)
+        both = {public["b"], read_key(ring.path_of("b")).public}
+        until(lambda: told(a)[1] == both)
+        with relaying(broker, "c", keys["c"]) as c:
+            until(lambda: told(c)[0] == (one, learner))
+            # It heard of c before c heard of it: else c would knock in vain.
+            assert told(a)[1] == {public["c"], *both}
+            ring.revoke("c")
+            until(lambda: c.bye is not None and told(a)[1] == both)
+        ring.revoke("a")
+        until(lambda: a.bye is not None and told(b)[0] == (learner,))
+
+
+@pytest.mark.parametrize("relay", [RELAY, f"{RELAY}|short", f"{RELAY}|{'~' * 40}", f"tcp://a|b:1|{'a' * 40}"])
+def test_a_relay_without_a_proper_key_is_none(broker: Broker, ring: Keyring, relay: str) -> None:
+    with relaying(broker, "a", keys_of(ring, "a"), relay) as a, relaying(broker, "b", keys_of(ring, "b")) as b:
+        until(lambda: bool(told(a)[0] and told(b)[0]))
+        assert told(a) == told(b) == (("tcp://127.0.0.1:1",), frozenset())

@@ -199,6 +199,7 @@ class Rig:
         self.engines: list[FakeEngine] = []
         self.fetchers: list[FakeFetcher] = []
         self.grader = FakeGrader()
+        self.admitted: list[tuple[str, ...]] = []
         self.daemon = Daemon(
             client=self.client,
             make_serving=self._make_serving,
@@ -207,6 +208,7 @@ class Rig:
             slots=4,
             events=EventLog.disabled(),
             drain_s=drain_s,
+            admit=self.admitted.append,
             clock=lambda: self.client.now,
         )
 
@@ -360,6 +362,15 @@ def test_where_weights_come_from_is_passed_on_when_it_changes() -> None:
     relayed = ("tcp://relay", "tcp://weights")
     rig.say(Published(1, "a", relayed), Published(1, "a", relayed), Published(2, "b", relayed), Published(2, "b"))
     assert rig.fetcher.told[1:] == [(1, "a", relayed), (2, "b", relayed)]
+
+
+def test_a_relay_admits_whom_the_broker_names() -> None:
+    rig = Rig()
+    rig.say(replace_welcome(version=1, readers=("a",)))
+    assert rig.admitted == [("a",)]
+    sources = ("tcp://weights",)
+    rig.say(Published(1, "", sources, ("a", "b")), Published(2), Published(2, "", sources))
+    assert rig.admitted[1:] == [("a", "b"), ()]  # where no sources are named, nothing is said of readers either
 
 
 def test_a_lease_waits_for_the_weights_it_asks_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -11,12 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from weights_support import Recorder, assert_same_bits, changed, model, no_leaks, until
 
-from orz_async.broker.relays import FANOUT, is_relay_address, routes
+from orz_async.broker import wire
+from orz_async.broker.messages import Published, Welcome
+from orz_async.broker.relays import FANOUT, MAX_ADDRESS, MAX_READERS, MAX_SOURCES, is_relay_address, routes
 from orz_async.errors import ConfigError, WireError
+from orz_async.keys.curve import Admitted
+from orz_async.weights.address import CurveKeys, join_key
 from orz_async.weights.download import RELAY_PATIENCE_S, SHUN_S, Download, Phase, Reopen
 from orz_async.weights.manifest import Limits
 from orz_async.weights.payload import full_payload
@@ -65,10 +71,22 @@ def test_the_tree_reaches_everyone_and_costs_the_learner_one(relaying: list[bool
         ("tcp://a b:1", False),
         ("file:///etc", False),
         ("tcp://" + "a" * 200, False),
+        ("tcp://10.0.0.2:5601|" + "k" * 40, False),
     ],
 )
 def test_what_a_generator_may_call_its_relay(address: str, sound: bool) -> None:
     assert is_relay_address(address) is sound
+
+
+def test_the_longest_announcement_fits_into_its_frame() -> None:
+    source = f"tcp://{'a' * (MAX_ADDRESS - 6)}|{'k' * 40}"
+    assert is_relay_address(source, keyed=True)
+    sources, readers = (source,) * (MAX_SOURCES + 1), ("k" * 40,) * MAX_READERS
+    published = Published(1, "d" * 64, sources, readers)
+    welcome = Welcome("r" * 100, "m" * 4000, ("s" * 1000,) * 8, ",".join(sources), 1, 1.0, 1, "d" * 64, readers)
+    for message in (published, welcome):
+        frame = wire.encode(message, run=wire.ANY_RUN, epoch=1, sequence=1)
+        assert wire.decode_to_generator(frame)[1] == message
 
 
 def test_a_relay_has_its_port_before_it_opens() -> None:
@@ -80,6 +98,9 @@ def test_a_relay_has_its_port_before_it_opens() -> None:
         relay_address("tcp://192.0.2.1:0")
     with pytest.raises(ConfigError, match="expected a weights address"):
         relay_address("udp://x")
+    for wildcard in ("tcp://0.0.0.0:5601", "tcp://*:0", "tcp://[::]:0"):
+        with pytest.raises(ConfigError, match="at which others reach this machine"):
+            relay_address(wildcard)
 
 
 # What a fetcher makes of it, in virtual time.
@@ -166,11 +187,18 @@ class House:
         publisher = StreamPublisher(LOOPBACK, EPOCH, self.events, chunk_bytes=64 << 10, history=4)
         return self.stack.enter_context(closing(publisher))
 
-    def relay(self, sources: tuple[str, ...], bind: str = LOOPBACK) -> Relay:
-        return self.stack.enter_context(closing(Relay(sources, bind, EPOCH, self.events, stall_s=2.0)))
+    def relay(
+        self,
+        sources: tuple[str, ...],
+        bind: str = LOOPBACK,
+        keys: CurveKeys | None = None,
+        serve_keys: CurveKeys | None = None,
+    ) -> Relay:
+        relay = Relay(sources, bind, EPOCH, self.events, keys=keys, serve_keys=serve_keys, stall_s=2.0)
+        return self.stack.enter_context(closing(relay))
 
-    def fetcher(self, *sources: str) -> StreamFetcher:
-        return self.stack.enter_context(closing(StreamFetcher(sources, EPOCH, self.events, stall_s=0.5)))
+    def fetcher(self, *sources: str, keys: CurveKeys | None = None) -> StreamFetcher:
+        return self.stack.enter_context(closing(StreamFetcher(sources, EPOCH, self.events, keys=keys, stall_s=0.5)))
 
     def reconnections(self) -> list[str]:
         return [fields["reason"] for kind, fields in self.events.events if kind == "weights_reconnect"]
@@ -239,6 +267,93 @@ def test_a_relay_whose_memory_is_damaged_is_routed_around(house: House) -> None:
     assert_same_bits(got(reader).tensors, model())
     [reason] = house.reconnections()
     assert f"relay {damaged.address}: tensor 'scale' of version 0: expected checksum" in reason
+
+
+class KeyedHouse:
+    """A learner whose list has a and b; a relays, for those that it is told."""
+
+    def __init__(self, house: House) -> None:
+        self.house, self.admitted = house, Admitted()
+        server, self.a, self.b, self.foe = (pair() for _ in range(4))
+        self.a, self.b, self.foe = (
+            dataclasses.replace(one, server=server.public) for one in (self.a, self.b, self.foe)
+        )
+        allowed = frozenset([self.a.public, self.b.public])
+        self.publisher = house.stack.enter_context(
+            closing(StreamPublisher(LOOPBACK, EPOCH, house.events, keys=dataclasses.replace(server, allowed=allowed)))
+        )
+        self.named = model()
+        self.publisher.publish(0, self.named.items())
+        self.address = relay_address(LOOPBACK)
+        self.relay, self.source = self.start_relay()
+
+    def start_relay(self) -> tuple[Relay, str]:
+        """With a key pair of its own, as each daemon that starts."""
+        own = dataclasses.replace(pair(), allowed=self.admitted)
+        relay = self.house.relay((self.publisher.address,), self.address, keys=self.a, serve_keys=own)
+        relay.want(0, state_digest(self.named))
+        assert got(relay).version == 0
+        return relay, join_key(self.address, own.public)
+
+    def publish(self, version: int) -> str:
+        self.named = changed(self.named, version)
+        self.publisher.publish(version, self.named.items())
+        return state_digest(self.named)
+
+
+def pair() -> CurveKeys:
+    public, secret = zmq.curve_keypair()
+    return CurveKeys(public=public, secret=secret)
+
+
+def test_with_keys_a_relay_serves_whom_it_is_told_and_a_revoked_key_no_more(house: House) -> None:
+    keyed = KeyedHouse(house)
+    keyed.admitted.replace([keyed.b.public.decode()])
+    reader = house.fetcher(keyed.source, keyed.publisher.address, keys=keyed.b)
+    sent = keyed.publisher.traffic.bytes_sent
+    reader.want(0, state_digest(keyed.named))
+    snapshot = got(reader)
+    assert_same_bits(snapshot.tensors, keyed.named)
+    assert snapshot.source == keyed.address
+    assert keyed.publisher.traffic.bytes_sent == sent, "the learner had nothing to do with it"
+    # The connection is open, and the next frame on it is the first of a key that is not on the relay's list any more.
+    keyed.admitted.replace([])
+    digest, rejected = keyed.publish(1), keyed.relay.traffic.rejected
+    reader.want(1, digest)
+    assert got(reader).source == keyed.publisher.address
+    assert keyed.relay.traffic.rejected > rejected
+
+
+def test_with_keys_a_stranger_gets_nothing_from_a_relay(house: House) -> None:
+    keyed = KeyedHouse(house)
+    keyed.admitted.replace([keyed.b.public.decode()])
+    plain = house.fetcher(keyed.address)
+    # A key of the learner's list that the relay was not told of; one of no list; the right one for another socket.
+    others = [house.fetcher(keyed.source, keys=keys) for keys in (keyed.a, keyed.foe)]
+    misled = house.fetcher(join_key(keyed.address, pair().public), keys=keyed.b)
+    for stranger in (plain, misled, *others):
+        stranger.want(0, state_digest(keyed.named))
+    reader = house.fetcher(keyed.source, keys=keyed.b)
+    reader.want(0, state_digest(keyed.named))
+    assert_same_bits(got(reader).tensors, keyed.named)
+    until(lambda: all(stranger.waiting_for().find("sent nothing new") > 0 for stranger in (plain, misled, *others)), 60)
+    assert all(stranger.poll() is None and not stranger.received_bytes for stranger in (plain, misled, *others))
+
+
+def test_a_relay_that_starts_anew_at_its_address_is_found_under_its_new_key(house: House) -> None:
+    keyed = KeyedHouse(house)
+    keyed.admitted.replace([keyed.b.public.decode()])
+    reader = house.fetcher(keyed.source, keyed.publisher.address, keys=keyed.b)
+    reader.want(0, state_digest(keyed.named))
+    assert got(reader).source == keyed.address
+    keyed.relay.close()
+    relay, source = keyed.start_relay()
+    digest = keyed.publish(1)
+    relay.want(1, digest)
+    got(relay)
+    reader.want(1, digest, (source, keyed.publisher.address))
+    assert got(reader).source == keyed.address
+    assert not house.reconnections()
 
 
 RELAYING = """
