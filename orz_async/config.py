@@ -241,7 +241,8 @@ class WeightsConfig:
     directory: str = ""
     """file: the folder, which every generator must see under the same path; empty means weights in the run's folder."""
     deadline_s: float = 15.0
-    """nccl: a generator with which one operation takes longer is expelled; it joins again when it can."""
+    """nccl: a generator with which one operation takes longer is expelled; it joins again when it can. Generators
+    hear of it from the learner and are as patient."""
     trusted_network: bool = False
     """nccl: allow it beyond loopback, where neither NCCL nor gloo authenticates or encrypts anything."""
 

@@ -106,6 +106,8 @@ class Welcome(_Message, frozen=True, gc=False):
     """Of the newest published version: whoever hands out its weights is held to it."""
     readers: tuple[str, ...] = ()
     """With keys: public keys of the generators that may fetch from this one, and no others."""
+    deadline_s: float = 15.0
+    """nccl: the learner's patience with one operation of a transfer, and so the generator's (weights.deadline_s)."""
 
 
 class Grant(_Message, frozen=True, gc=False):

@@ -81,6 +81,7 @@ class Broker:
             version=-1,
             heartbeat_s=config.broker.heartbeat_s,
             max_model_tokens=config.data.max_prompt_tokens + config.sampling.max_new_tokens,
+            deadline_s=config.weights.deadline_s,
         )
         self.address = ""
         """Where generators connect, once started."""

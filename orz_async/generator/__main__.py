@@ -245,13 +245,14 @@ def daemon_of(options: argparse.Namespace, name: str) -> Daemon:
             prefill_tokens=options.prefill_tokens,
             options=engine_options,
         ),
-        make_fetcher=lambda where, epoch: transport.connect(
-            where,
+        make_fetcher=lambda welcome, epoch: transport.connect(
+            welcome.weights_address,
             epoch,
             events,
             keys=keys,
             give_up_s=settings.reconnect_s,
             device=options.device,
+            deadline_s=welcome.deadline_s,
             relay=relay,
             relay_keys=relay_keys,
         ),

@@ -253,7 +253,7 @@ class Daemon:
         if self._is_changed(welcome, "model_path", "stop", "max_model_tokens"):
             with self._timeline.state("load"):
                 self._work.serving = self._load(welcome)
-        self._weights = IncomingWeights(self._make_fetcher(welcome.weights_address, self._epoch), self._clock)
+        self._weights = IncomingWeights(self._make_fetcher(welcome, self._epoch), self._clock)
         self._weights.want(welcome.version, welcome.digest)
 
     def _load(self, welcome: Welcome) -> Serving:

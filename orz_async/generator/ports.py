@@ -59,5 +59,5 @@ class Serving:
 
 
 MakeServing = Callable[[Welcome], Serving]
-MakeFetcher = Callable[[str, int], Fetcher]
-"""From the address of the weights and the learner epoch."""
+MakeFetcher = Callable[[Welcome, int], Fetcher]
+"""From what the learner says of its weights, where they are and how long a transfer may stand still, and its epoch."""

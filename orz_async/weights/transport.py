@@ -68,18 +68,22 @@ def connect(
     limits: Limits | None = None,
     give_up_s: float = 600.0,
     device: str = "cpu",
+    deadline_s: float = 15.0,
     relay: str = "",
     relay_keys: CurveKeys | None = None,
 ) -> Fetcher:
     """A fetcher from `address`; several sources, comma separated, are relays and at last the learner.
 
-    device: of the engine, for nccl. relay: with the stream, where to offer what was fetched to others; "" nowhere.
+    device: of the engine, deadline_s: of one operation, both for nccl.
+    relay: with the stream, where to offer what was fetched to others; "" nowhere.
     relay_keys: what the relay listens with, and who may read from it.
     """
     if address.startswith(file.SCHEME):
         return FileFetcher(address, epoch, events, limits=limits, give_up_s=give_up_s)
     if address.startswith(group.SCHEME):
-        return NcclFetcher(address, epoch, events, device=device, limits=limits, give_up_s=give_up_s)
+        return NcclFetcher(
+            address, epoch, events, device=device, deadline_s=deadline_s, limits=limits, give_up_s=give_up_s
+        )
     addresses = address.split(",")
     for one in addresses:
         _require_stream(one)

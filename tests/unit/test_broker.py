@@ -18,7 +18,7 @@ from orz_async.broker import wire
 from orz_async.broker.client import BrokerClient
 from orz_async.broker.messages import Hello, LeaseRef, Leave, Progress, Published, Status, Welcome
 from orz_async.broker.server import Broker, ResumePoint
-from orz_async.config import JournalConfig
+from orz_async.config import JournalConfig, WeightsConfig
 from orz_async.errors import ConfigError, PeerLostError, PortError, WireError
 from orz_async.observe.events import EventLog
 from orz_async.records import Trajectory
@@ -487,3 +487,14 @@ def test_an_error_in_the_brokers_thread_reaches_the_learner(brokers: Callable[..
         broker.take(3)
     with pytest.raises(AssertionError, match="published one is 0"):
         broker.published(1)
+
+
+def test_a_welcome_says_how_long_a_transfer_may_stand_still(tmp_path: Path) -> None:
+    config = dataclasses.replace(small_config(), weights=WeightsConfig(transport="nccl", deadline_s=3.5))
+    broker = make_broker(tmp_path, config)
+    broker.start()
+    try:
+        with FakeGenerator(broker.address, "a") as a:
+            wait_until(lambda: any(isinstance(one, Welcome) and one.deadline_s == 3.5 for one in a.seen))
+    finally:
+        broker.close(finished=True, reason="done")

@@ -216,8 +216,8 @@ class Rig:
         self.engines.append(FakeEngine())
         return Serving(self.engines[-1], lambda response: f"{len(response)} tokens")
 
-    def _make_fetcher(self, address: str, epoch: int) -> FakeFetcher:
-        self.fetchers.append(FakeFetcher(address, epoch))
+    def _make_fetcher(self, welcome: Welcome, epoch: int) -> FakeFetcher:
+        self.fetchers.append(FakeFetcher(welcome.weights_address, epoch))
         return self.fetchers[-1]
 
     @property

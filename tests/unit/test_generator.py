@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from orz_async.broker.messages import Welcome
 from orz_async.errors import ConfigError, ModelError, PeerLostError
-from orz_async.generator.__main__ import address_of, model_of, parser, settings_of, vocab_size_of
+from orz_async.generator.__main__ import address_of, daemon_of, model_of, parser, settings_of, vocab_size_of
 from orz_async.generator.attention import split_keys
 from orz_async.generator.sampler import sample, uniforms
 from orz_async.generator.serving import eos_tokens
 from orz_async.generator.stop import StopMatcher
+from orz_async.weights.nccl_fetcher import NcclFetcher
 
 
 def test_uniforms_are_uniform_and_unlike_for_neighbours() -> None:
@@ -156,3 +158,14 @@ def test_bad_options_are_refused() -> None:
     for words in (("--threads", 0), ("--slots", 0), ("--queue", -1), ("--prefill-tokens", 0)):
         with pytest.raises(ConfigError, match=r"threads|slots|queue|prefill-tokens"):
             settings_of(options(*words))
+
+
+def test_a_daemon_is_as_patient_with_a_transfer_as_the_learner_says() -> None:
+    daemon = daemon_of(parser().parse_args(["--connect", "tcp://127.0.0.1:1"]), "g")
+    try:
+        welcome = Welcome("run", "model", (), "nccl://127.0.0.1:1", 0, 1.0, 80, deadline_s=0.7)
+        fetcher = daemon._make_fetcher(welcome, 1)
+        assert isinstance(fetcher, NcclFetcher) and fetcher._deadline_s == 0.7
+        fetcher.close()
+    finally:
+        daemon.close()
