@@ -90,6 +90,9 @@ class VllmEngine:
         self._tokens_sampled = 0
         self._kv_used = 0
         self._timings: dict[str, float] = {}
+        self.read_back = 0
+        """Tensors of the last update that were read again where they serve. The others, packed or split, were checked
+        when they were loaded."""
         self._weight_file = WeightFile()
         self._vllm = vllm
         self._kv_tokens = vllm.kv_tokens or slots * max_model_tokens
@@ -169,9 +172,26 @@ class VllmEngine:
         await llm.pause_generation(mode="keep", clear_cache=not self._keep_kv)
         paused = time.monotonic()
         await shim.update_weights(llm, update, str(version))
+        self._compare(update["checksums"], version)
         loaded = time.monotonic()
         await llm.resume_generation()
         return paused - began, loaded - paused
+
+    def _compare(self, checksums: Mapping[str, int], version: int) -> None:
+        """Before anything is sampled: EngineError, with the tensor's name, where a worker serves something else."""
+        workers = self._weight_file.served()
+        if not workers:
+            raise EngineError(
+                f"expected each worker of vLLM to say what it serves as version {version}, found none did"
+            )
+        for served in workers:
+            for name, found in served.items():
+                if found != checksums[name]:
+                    raise EngineError(
+                        f"tensor {name!r} of version {version}: expected checksum {checksums[name]:08x}, the engine "
+                        f"serves {found:08x}; it stays paused"
+                    )
+        self.read_back = min(map(len, workers))
 
     def progress(self) -> list[Progress]:
         running = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from orz_async.generator.vllm_readback import served_checksums
+from orz_async.generator.vllm_weights import served_path
 from orz_async.weights.snapshot import tensor_bytes, tensor_checksum
 
 
@@ -51,6 +55,7 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):  #
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        self._update = update_info
         loaded = self.model.load_weights(_verified(update_info))
         if loaded is not None and (missing := sorted(self._expected - loaded)):
             raise RuntimeError(
@@ -64,6 +69,17 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):  #
             # packed copy of its own (on CPU), that copy would go on serving the old weights.
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
+        self._tell_served()
+
+    def _tell_served(self) -> None:
+        """Lay what this worker serves now beside the file, for the daemon to compare before anything is sampled."""
+        from safetensors import safe_open
+
+        with safe_open(self._update.path, framework="pt") as file:
+            sent = {name: file.get_tensor(name) for name in self._update.checksums}
+        packed = getattr(self.model, "packed_modules_mapping", {})
+        found = served_checksums(self.model, sent, self._update.checksums, packed)
+        served_path(self._update.path, os.getpid()).write_text(json.dumps(found))
 
     def shutdown(self) -> None:
         """Nothing is held."""

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from orz_async.errors import DiskError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MEMORY = Path("/dev/shm")
+
+
+def served_path(path: str, worker: int) -> Path:
+    """Where a worker says what it serves, beside the file that it loaded."""
+    return Path(path).with_name(f"served-{worker}.json")
 
 
 class WeightFile:
@@ -42,6 +49,11 @@ class WeightFile:
                 "enlarge /dev/shm, or set TMPDIR where there is none"
             ) from error
         return {"path": str(path), "checksums": {spec.name: spec.checksum for spec in specs}}, digest_of(specs)
+
+    def served(self) -> list[dict[str, int]]:
+        """Of each worker that has loaded the file: CRC-32C by tensor, of those that can be read where they serve."""
+        assert self._directory is not None
+        return [msgspec.json.decode(one.read_bytes(), type=dict[str, int]) for one in self._directory.glob("served-*")]
 
     def remove(self) -> None:
         if self._directory is not None:

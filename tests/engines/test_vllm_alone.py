@@ -16,7 +16,7 @@ import torch
 
 from orz_async.errors import EngineError
 from orz_async.generator import vllm_shim as shim
-from orz_async.generator.engine import LeaseError
+from orz_async.generator.engine import Engine, LeaseError
 from orz_async.records import Span
 from tests.engines.kit import PATIENCE_S, lease, run, run_until, tensors, vllm_maker
 
@@ -25,6 +25,16 @@ def children() -> list[psutil.Process]:
     return [
         one for one in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(one.cmdline())
     ]
+
+
+def assert_silent(engine: Engine) -> None:
+    """Nothing may be sampled: what is loaded is half of each version, or not what was sent."""
+    engine.poll()  # what was sampled before the pause
+    before = engine.tokens_sampled
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        assert not engine.poll()
+    assert engine.tokens_sampled == before
 
 
 def test_an_update_says_what_it_cost(vllm: Any) -> None:
@@ -83,6 +93,30 @@ def test_a_request_that_vllm_ends_by_itself_fails_its_lease_with_what_it_had(vll
     assert run(engine)[2].spans == (Span(0, 0),)
 
 
+def test_what_is_served_is_read_again_and_a_difference_names_the_tensor(vllm: Any) -> None:
+    engine = vllm_maker(vllm)()
+    # Of 2 layers, on a CPU that packs linear layers: the embedding, and the norms (3) and biases of them.
+    assert 1 + 5 <= engine.read_back <= len(tensors())
+    told = engine._weight_file.served
+
+    def served() -> list[dict[str, int]]:
+        [worker] = told()
+        return [worker | {"model.layers.0.input_layernorm.weight": 1}]
+
+    engine._weight_file.served = served  # type: ignore[method-assign]
+    engine.submit(lease(0, new=150))
+    run_until(engine, 5)
+    with pytest.raises(
+        EngineError, match=r"tensor 'model.layers.0.input_layernorm.weight' of version 1: .* serves 000"
+    ):
+        engine.apply(1, tensors(1))
+    assert engine.version == 0
+    assert_silent(engine)
+    engine._weight_file.served = told  # type: ignore[method-assign]
+    engine.apply(2, tensors(2))  # the whole update again
+    assert [span.version for span in run(engine)[0].spans] == [0, 2]
+
+
 def test_a_damaged_update_names_the_tensor_and_is_never_served(vllm: Any) -> None:
     """Leaves the engine paused in the middle of an update."""
     engine = vllm_maker(vllm)()
@@ -98,12 +132,8 @@ def test_a_damaged_update_names_the_tensor_and_is_never_served(vllm: Any) -> Non
     run_until(engine, 5)
     with pytest.raises(EngineError, match=r"tensor 'model.layers.1.mlp.up_proj.weight': expected checksum"):
         engine.apply(1, tensors(1))
-    engine.poll()  # what was sampled before the pause
-    before = engine.tokens_sampled
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until:  # nothing may come: what is loaded is half of each version
-        assert not engine.poll()
-    assert engine.tokens_sampled == before and engine.version == 0
+    assert_silent(engine)
+    assert engine.version == 0
 
 
 def test_a_killed_engine_is_an_engine_error_within_seconds(vllm: Any) -> None:
