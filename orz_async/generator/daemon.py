@@ -215,10 +215,10 @@ class Daemon:
                 self._work.forget(lease)
             case Nack(lease, reason):
                 self._events.emit("nack", lease=lease, reason=reason)
-                self._work.forget(lease)
+                self._work.forget(lease, lost="refused by the broker")
             case Cancel(leases):
                 for ref in leases:
-                    self._work.forget(ref)
+                    self._work.forget(ref, lost="cancelled by the broker")
             case Published(version, digest, sources, readers):
                 if sources:
                     self._admit(readers)

@@ -54,6 +54,18 @@ class Sample:
         return ages_T
 
 
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What was sampled of a lease before it was cancelled. The arrays have one element per response token."""
+
+    lease: Lease
+    response: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    """As in Sample."""
+    spans: tuple[Span, ...]
+    """Empty only where an engine that works by itself did not say in time which versions sampled it."""
+
+
 def check_lease(lease: Lease, max_model_tokens: int, vocab_size: int) -> None:
     """LeaseError if no engine of these bounds can ever run it."""
     prompt, new = as_int32(lease.prompt), lease.sampling.max_new_tokens
@@ -93,8 +105,8 @@ class Engine(Protocol):
     def submit(self, lease: Lease) -> None:
         """Queue a lease. LeaseError if it can never run, whatever the weights."""
 
-    def cancel(self, lease: LeaseRef) -> None:
-        """Forget a lease and its tokens; nothing happens if it is not here."""
+    def cancel(self, lease: LeaseRef) -> Partial | None:
+        """Forget a lease, and hand back what was sampled of it: None if nothing was, or if it is not here."""
 
     def poll(self) -> list[Sample]:
         """Do a bounded piece of work, or wait a moment for an engine that works by itself; return what is finished.

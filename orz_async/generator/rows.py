@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orz_async.generator.engine import Sample
+from orz_async.generator.engine import Partial, Sample
 from orz_async.records import Finish, Lease, Span, as_int32
 
 
@@ -91,6 +91,16 @@ class Rows:
             generate_s=now - self._started[row],
             kv_version=self._spans[row][0].version if kept_kv else None,
         )
+
+    def partial(self, row: int) -> Partial | None:
+        """What this row has produced so far, copied; None if that is nothing."""
+        count = int(self.length[row] - self.prompt_length[row])
+        if not count:
+            return None
+        # Its newest version may have sampled no token yet.
+        spans = tuple(span for span in self._spans[row] if span.start < count)
+        logprobs = self._logprobs[row, self.prompt_length[row] : self.length[row]].copy()
+        return Partial(self.leases[row], self.response(row).copy(), logprobs, spans)
 
     def remove(self, row: int) -> int:
         """Forget a row and move the last one into it; returns the former index of the one moved (maybe `row`)."""

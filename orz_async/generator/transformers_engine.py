@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from orz_async.broker.messages import LeaseRef, Progress
 from orz_async.errors import EngineError
 from orz_async.generator.batch import Batch, pack_batch
-from orz_async.generator.engine import LeaseError, Sample, check_lease, ref_of
+from orz_async.generator.engine import LeaseError, Partial, Sample, check_lease, ref_of
 from orz_async.generator.model import SlotModel
 from orz_async.generator.rows import Rows
 from orz_async.generator.sampler import sample, uniforms
@@ -82,13 +82,15 @@ class TransformersEngine:
         check_lease(lease, self._max_model_tokens, self.vocab_size)
         self._queues[lease.kind].append(lease)
 
-    def cancel(self, lease: LeaseRef) -> None:
+    def cancel(self, lease: LeaseRef) -> Partial | None:
         queue = self._queues[lease.kind]
         self._queues[lease.kind] = deque(held for held in queue if ref_of(held) != lease)
         for row, held in enumerate(self._rows.leases):
             if ref_of(held) == lease:
+                partial = self._rows.partial(row)
                 self._remove(row)
-                return
+                return partial
+        return None
 
     def poll(self) -> list[Sample]:
         if self._failed:

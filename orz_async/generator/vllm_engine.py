@@ -18,12 +18,12 @@ import numpy as np
 from orz_async.broker.messages import LeaseRef, Progress
 from orz_async.errors import EngineError
 from orz_async.generator import vllm_shim as shim
-from orz_async.generator.engine import LeaseError, Sample, check_lease, ref_of
+from orz_async.generator.engine import LeaseError, Partial, Sample, check_lease, ref_of
 from orz_async.generator.parameters import match_tensors
 from orz_async.generator.stop import StopMatcher
 from orz_async.generator.vllm_loop import Chunk, VllmLoop
 from orz_async.generator.vllm_weights import WeightFile
-from orz_async.records import Finish, Lease, as_int32
+from orz_async.records import Finish, Lease, Span, as_int32
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ _POLL_S = 0.01
 """A poll waits so long for a token."""
 _BLOCK = 16
 """Tokens of keys and values that vLLM hands out at once, about."""
+_ABORT_S = 1.0
+"""Longest wait for the last words of a rollout that is cancelled."""
 _SWAP_S = 300.0
 """Longest pause, load and resume of one update; above it the engine counts as dead."""
 
@@ -84,6 +86,8 @@ class VllmEngine:
         self._queues: dict[str, deque[Lease]] = {"eval": deque(), "train": deque()}
         self._running: dict[str, _Running] = {}
         self._cancelled: set[str] = set()
+        self._early: list[Chunk] = []
+        """Chunks that came while a lease was being cancelled."""
         self._names = 0
         self._failed: deque[LeaseError] = deque()
         self._version = -1
@@ -121,14 +125,30 @@ class VllmEngine:
         check_lease(lease, self._max_model_tokens, self._vocab_size)
         self._queues[lease.kind].append(lease)
 
-    def cancel(self, lease: LeaseRef) -> None:
+    def cancel(self, lease: LeaseRef) -> Partial | None:
         queue = self._queues[lease.kind]
         self._queues[lease.kind] = deque(held for held in queue if ref_of(held) != lease)
         for name, running in list(self._running.items()):
             if ref_of(running.lease) == lease:
-                self._drop(name)
-                self._vllm.abort(name)
-                self._cancelled.add(name)
+                return self._abandon(name, running)
+        return None
+
+    def _abandon(self, name: str, running: _Running) -> Partial | None:
+        """Which versions sampled what there is of it is in its last chunk, which an abort brings at once."""
+        if not self._vllm.end(name, _ABORT_S):
+            self._cancelled.add(name)
+        spans: tuple[Span, ...] = ()
+        for chunk in self._vllm.take():
+            if chunk.request != name:
+                self._early.append(chunk)
+            elif running.finish is None and not running.reason:
+                self._extend(running, chunk)
+                spans = chunk.spans or spans
+        self._drop(name)
+        if not running.tokens:
+            return None
+        response, logprobs = np.asarray(running.tokens, np.int32), np.asarray(running.logprobs, np.float32)
+        return Partial(running.lease, response, logprobs, tuple(one for one in spans if one.start < len(response)))
 
     def poll(self) -> list[Sample]:
         if self._failed:
@@ -245,7 +265,8 @@ class VllmEngine:
 
     def _collect(self) -> list[Sample]:
         done = []
-        for chunk in self._vllm.take():
+        chunks, self._early = [*self._early, *self._vllm.take()], []
+        for chunk in chunks:
             running = self._running.get(chunk.request)
             if running is None:
                 self._stray(chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Coroutine
@@ -103,6 +104,23 @@ class VllmLoop:
     def abort(self, request: str) -> None:
         """Stop sampling it; its last chunk still comes, with what was sampled until then."""
         asyncio.run_coroutine_threadsafe(self._abort(request), self._loop)
+
+    def end(self, request: str, seconds: float) -> bool:
+        """Abort it and wait for its last chunk, for so long at most; False if that did not come."""
+        ending = asyncio.run_coroutine_threadsafe(self._end(request, seconds), self._loop)
+        with contextlib.suppress(TimeoutError):
+            return ending.result(2 * seconds)
+        return False
+
+    async def _end(self, request: str, seconds: float) -> bool:
+        until = self._loop.time() + seconds
+        while (task := self._tasks.get(request)) is not None:
+            if self.dead or self._loop.time() > until:
+                return False
+            # Again and again: one that came before vLLM knew the request was not heard.
+            await self._llm.abort(request)
+            await asyncio.wait([task], timeout=0.02)
+        return True
 
     async def _abort(self, request: str) -> None:
         if request in self._tasks and not self.dead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from orz_async.broker.messages import Failure, LeaseRef, Progress, Result
-from orz_async.generator.engine import LeaseError, Sample, ref_of
+from orz_async.generator.engine import LeaseError, Partial, Sample, ref_of
 from orz_async.generator.held import HeldLeases, Stage, trajectory
 from orz_async.generator.ports import Client, Grader, Serving
 from orz_async.observe.events import EventLog, Timeline
@@ -54,7 +54,7 @@ class Workload:
     def void(self, epoch: int) -> None:
         """The learner of this epoch knows nothing of the leases here."""
         for ref, _ in self._held:
-            self.forget(ref)
+            self.forget(ref, lost="of another learner epoch")
         self._epoch = epoch
 
     def accept(self, lease: Lease) -> None:
@@ -126,10 +126,17 @@ class Workload:
         for ref in self._held.at(Stage.DONE):
             self._held[ref].sent_at = float("-inf")
 
-    def forget(self, ref: LeaseRef) -> None:
+    def forget(self, ref: LeaseRef, *, lost: str = "") -> None:
+        """lost: why what was sampled of it is of no use; "" where the broker has it."""
         held = self._held.drop(ref)
-        if held is not None and held.stage is Stage.ENGINE and self.serving is not None:
-            self.serving.engine.cancel(ref)
+        if held is None:
+            return
+        made: Partial | Sample | None = held.sample
+        if held.stage is Stage.ENGINE and self.serving is not None:
+            made = self.serving.engine.cancel(ref)
+        if made is not None and lost:
+            versions = [(span.start, span.version) for span in made.spans]
+            self._events.emit("abandoned", lease=ref, tokens=len(made.response), versions=versions, reason=lost)
 
     def hand_back_queued(self, reason: str) -> None:
         """Return the leases of which no token was sampled."""
@@ -145,7 +152,7 @@ class Workload:
 
     def _hand_back(self, leases: Iterable[LeaseRef], reason: str) -> None:
         for ref in leases:
-            self.forget(ref)
+            self.forget(ref, lost=reason)
             self._client.send(Failure(ref, reason, returned=True))
 
     def progress(self) -> tuple[Progress, ...]:

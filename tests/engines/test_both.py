@@ -131,19 +131,40 @@ def test_a_stop_at_the_limit_is_a_stop(make: Make) -> None:
 
 def test_a_cancelled_lease_is_forgotten_and_the_others_lose_nothing(make: Make) -> None:
     leases = [lease(n, new=60) for n in range(8)]
-    expected = run(make(), [one for one in leases if one.rollout not in (1, 6)])
+    expected = run(make(), leases)
     engine = make(slots=4)
     for one in leases:
         engine.submit(one)
-    run_until(engine, 20)
-    engine.cancel(ref_of(leases[1]))  # running
-    engine.cancel(ref_of(leases[6]))  # queued
-    engine.cancel(ref_of(lease(99)))  # unknown
+    run_until(engine, 40)
+    partial = engine.cancel(ref_of(leases[1]))  # running
+    assert engine.cancel(ref_of(leases[6])) is None  # queued
+    assert engine.cancel(ref_of(lease(99))) is None  # unknown
     assert {progress.lease.rollout for progress in engine.progress()} == {0, 2, 3, 4, 5, 7}
+    # What it had is handed back, as it would have gone on.
+    assert partial is not None and partial.lease == leases[1] and partial.spans == (Span(0, 0),)
+    assert 0 < len(partial.response) == len(partial.logprobs) < 60
+    assert partial.response.tolist() == expected[1].response[: len(partial.response)].tolist()
+    np.testing.assert_allclose(partial.logprobs, expected[1].logprobs[: len(partial.response)], atol=EXACT, rtol=0)
     samples = run(engine)
-    assert samples.keys() == expected.keys()
+    assert samples.keys() == expected.keys() - {1, 6}
     for n, sample in samples.items():
         assert sample.response.tolist() == expected[n].response.tolist()
+
+
+def test_a_partial_has_the_versions_of_its_tokens(make: Make) -> None:
+    engine = make()
+    engine.submit(lease(0, new=140))
+    run_until(engine, 20)
+    engine.apply(3, tensors(3))
+    run_until(engine, 20)
+    partial = engine.cancel(ref_of(lease(0)))
+    assert partial is not None and engine.idle
+    assert [span.version for span in partial.spans] == [0, 3]
+    assert 0 < partial.spans[1].start < len(partial.response)
+    run(engine, [lease(1, new=4)])  # and the engine goes on
+    engine.submit(lease(2, new=40))
+    assert (early := engine.cancel(ref_of(lease(2)))) is None or len(early.response) < 40
+    assert engine.idle
 
 
 def test_evaluations_are_admitted_first(make: Make) -> None:

@@ -32,7 +32,7 @@ from orz_async.broker.messages import (
 )
 from orz_async.errors import EngineError, Interrupted, PeerLostError, WireError
 from orz_async.generator.daemon import Daemon, State
-from orz_async.generator.engine import LeaseError, Sample, ref_of
+from orz_async.generator.engine import LeaseError, Partial, Sample, ref_of
 from orz_async.generator.incoming import EVAL_PIN_S
 from orz_async.generator.ports import GradeKey, Serving
 from orz_async.generator.workload import RESEND_S
@@ -101,8 +101,11 @@ class FakeEngine:
             raise LeaseError(ref_of(one), "no prompt")
         self.leases[ref_of(one)], self.tokens[ref_of(one)] = one, 0
 
-    def cancel(self, ref: LeaseRef) -> None:
-        self.leases.pop(ref, None)
+    def cancel(self, ref: LeaseRef) -> Partial | None:
+        one, count = self.leases.pop(ref, None), self.tokens.pop(ref, 0)
+        if one is None or not count:
+            return None
+        return Partial(one, np.full(count, 7, np.int32), np.full(count, -1, np.float32), tuple(self.spans[ref]))
 
     def running(self) -> list[LeaseRef]:
         return list(self.leases)[:2]
@@ -191,6 +194,11 @@ class FakeGrader:
         self.is_closed = True
 
 
+class Noted(EventLog):
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.seen = [*getattr(self, "seen", ()), (kind, fields)]
+
+
 class Rig:
     """A daemon with everything around it faked."""
 
@@ -199,6 +207,7 @@ class Rig:
         self.engines: list[FakeEngine] = []
         self.fetchers: list[FakeFetcher] = []
         self.grader = FakeGrader()
+        self.events = Noted(None, "a test")
         self.admitted: list[tuple[str, ...]] = []
         self.daemon = Daemon(
             client=self.client,
@@ -206,7 +215,7 @@ class Rig:
             make_fetcher=self._make_fetcher,
             grader=self.grader,
             slots=4,
-            events=EventLog.disabled(),
+            events=self.events,
             drain_s=drain_s,
             admit=self.admitted.append,
             clock=lambda: self.client.now,
@@ -336,6 +345,32 @@ def test_cancelled_leases_leave_engine_grader_and_status() -> None:
     assert rig.engine.idle
     assert not of(Result, rig.say(steps=3))
     assert rig.until_status().progress == ()
+
+
+def test_what_was_sampled_in_vain_is_written_down() -> None:
+    """Of a lease that is cancelled while it runs, while it is graded, before it began; handed back; acknowledged."""
+    rig = Rig()
+    rig.serve()
+    rig.grader.is_slow = True
+    rig.say(Grant((lease(1, new=1), lease(2, new=50), lease(3, new=50))), steps=2)
+    rig.fetcher.arrive(1)
+    rig.say(steps=2)
+    rig.say(Cancel((ref(1), ref(2), ref(4))))
+    made = rig.engine.tokens[ref(3)]
+    rig.daemon.request_stop()
+    rig.client.now += 1.0
+    rig.daemon.request_stop()
+    with pytest.raises(Interrupted):
+        rig.say()
+    told = [fields for kind, fields in rig.events.seen if kind == "abandoned"]
+    assert [(one["lease"].rollout, one["reason"]) for one in told] == [
+        (1, "cancelled by the broker"),
+        (2, "cancelled by the broker"),
+        (3, "the generator leaves"),
+    ]
+    assert told[0] | {"lease": 0} == {"lease": 0, "tokens": 1, "versions": [(0, 0)], "reason": told[0]["reason"]}
+    assert told[1]["tokens"] > 2 and [version for _, version in told[1]["versions"]] == [0, 1]
+    assert told[2]["tokens"] >= made > 0
 
 
 def test_weights_that_are_damaged_between_arrival_and_engine_are_named() -> None:
