@@ -85,8 +85,8 @@ def cpu_name() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def save(suite: str, rows: list[Row], *, device: str, out: Path | None = None) -> Path:
-    """Write a result file: device, versions, commit, command, rows."""
+def save(suite: str, rows: list[Row], *, device: str, out: Path | None = None, module: str = "benchmarks.run") -> Path:
+    """Write a result file: device, versions, commit, command (of this module), rows."""
     from orz_async.observe.versions import versions
 
     slug = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
@@ -100,7 +100,7 @@ def save(suite: str, rows: list[Row], *, device: str, out: Path | None = None) -
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         # The name of the file alone: where somebody keeps it says nothing about the measurement.
-        "command": " ".join(["python -m benchmarks.run", *(w if w != str(out) else path.name for w in sys.argv[1:])]),
+        "command": " ".join([f"python -m {module}", *(w if w != str(out) else path.name for w in sys.argv[1:])]),
         "versions": versions(),
         "rows": rows,
     }

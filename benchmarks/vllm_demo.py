@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def report(run: Path) -> dict[str, Any]:
     return found
 
 
+def command_line(arguments: list[str]) -> str:
+    """What was called, without the absolute paths of a machine."""
+    words = [Path(word).name if word.startswith("/") else word for word in arguments]
+    return shlex.join(["python", "-m", "benchmarks.vllm_demo", *words])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_demo", description=__doc__)
     parser.add_argument("--python", required=True, help="interpreter of an environment with vLLM")
@@ -88,7 +95,10 @@ def main() -> None:
         if not options.calm:
             late = disturb(options.run_dir, options.python, options.steps // 3, launcher)
         code = launcher.wait(PATIENCE_S)
-        found = report(options.run_dir) | {"exit_code": code, "command": " ".join(argv[1:])}
+        found = report(options.run_dir) | {
+            "exit_code": code,
+            "command": command_line(sys.argv[1:]),
+        }
         if late is not None:
             found["late_exit_code"] = late.wait(60.0)
     finally:

@@ -1,6 +1,6 @@
 """vLLM against the embedded engine, and sampling while weights travel. Run by an interpreter that has vLLM:
 
-    .venv-vllm/bin/python -m benchmarks.vllm_engines
+    .venv-vllm/bin/python -m benchmarks.vllm_engines            or: .venv-vllm/bin/python -m benchmarks.run vllm
 
 Both engines sample the demo's work on the demo's model shape, in turns; see `benchmarks.engines`. For the weights a
 model of 8.5 M parameters is used, so that they take a while: windows of sampling alone, of sampling while versions
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -220,20 +220,30 @@ def travel() -> list[Row]:
     return rows + [row("one update of vLLM", name, "s", values) for name, values in parts.items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_engines", description=__doc__)
-    parser.add_argument("--only", choices=("speed", "travel"))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+PARTS = {"speed": speed, "travel": travel}
+
+
+def run(parts: Iterable[str] = tuple(PARTS)) -> list[Row]:
+    """ConfigError where this interpreter has no vLLM."""
     require_vllm()
     prepare_environment(threads=1, kv_gb=1.0)
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for name, part in {"speed": speed, "travel": travel}.items():
-        if options.only in (None, name):
-            rows += part()
-            print(table(rows), flush=True)
-    print(save("vllm", rows, device=cpu_name(), out=options.out))
+    for part in parts:
+        print(f"-- {part}", flush=True)
+        rows += PARTS[part]()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_engines", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", choices=tuple(PARTS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = run([options.only] if options.only else PARTS)
+    print(table(rows), flush=True)
+    print(save("vllm", rows, device=cpu_name(), out=options.out, module="benchmarks.vllm_engines"))
 
 
 if __name__ == "__main__":
