@@ -110,7 +110,7 @@ MEASURED = (
         "`python -m benchmarks.run report`, synthetic run",
     ),
     Line(
-        "weights sent for one update, bf16, 0.5B shape with 4 of 24 layers, LR 1e-6",
+        "weights sent for one update, bf16, 0.5B shape, LR 1e-6",
         figures.sent,
         "`python -m benchmarks.run weights`",
     ),

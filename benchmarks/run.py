@@ -6,13 +6,16 @@ wire    trajectories of 8k tokens through the broker: 1, 8, 64 generators, with 
         the journal alone
 e2e     the whole engine: rollouts/s, idle by cause, part of the overlap limit, time to 90 %, both engines (12 minutes)
 async   the same run at S = 0 and S = 1, side by side (minutes)
-weights the weight stream alone: bytes, coding, resume, relays (minutes, 9 GiB)
+weights the weight stream alone: bytes, coding, resume, relays (minutes; memory: see benchmarks/weights.py, --layers)
+vllm    vLLM against the embedded engine, and sampling while weights travel; for an interpreter that has vLLM
 learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds: 25 minutes at most, and a figure
 scale   the simulator: validated against three real runs, then 8 to 1,024 GPUs with assumed rates, and a figure
 demo    the demo with seeds 0, 1, 2: accuracy, length, mismatch, time (minutes)
 promises  simulated histories, the largest simulation, mutated frames, and `make chaos` (a quarter of an hour)
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
-all     every suite but gpu and learning, one after the other
+all     every suite but gpu, vllm and learning, one after the other
+
+`python -m benchmarks.vllm_demo --help`: the demo on vLLM daemons, one of which is killed, has a command of its own.
 
 `--compare A B` prints the rows two result files share, and their ratio. `--check` compares with the last committed
 result of the same kind of machine, and ends with 1 where something became worse beyond the spread of both.
@@ -22,8 +25,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import scale_figure
 from benchmarks.compare import check, read, render
@@ -39,6 +43,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "scale": ("scale",),
     "demo": ("demo",),
     "promises": ("promises", "storm"),
+    "vllm": ("vllm_engines",),
 }
 """Suite -> its parts: modules of this folder with `run() -> list[Row]`. The suite gpu has a command of its own."""
 
@@ -46,21 +51,22 @@ FIGURES: dict[str, Callable[[list[Row], Path], Path]] = {"scale": scale_figure.d
 """Parts that are drawn too, beside their result file."""
 
 
-def measure(suite: str, only: list[str], vllm: Path | None = None) -> list[Row]:
-    """Every part in turn. `vllm`: for the part that runs vLLM, the interpreter that has it."""
+def measure(suite: str, only: list[str], settings: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """Every part in turn, with what `settings` has for it."""
     rows: list[Row] = []
     for part in only or SUITES[suite]:
         print(f"-- {part}", flush=True)
-        taken = {"vllm": vllm} if part == "e2e" else {}
-        measured: list[Row] = importlib.import_module(f"benchmarks.{part}").run(**taken)
+        measured: list[Row] = importlib.import_module(f"benchmarks.{part}").run(**settings.get(part, {}))
         print(table(measured), flush=True)
         rows += measured
     return rows
 
 
-def run_suite(suite: str, only: list[str], out: Path | None, *, checked: bool, vllm: Path | None = None) -> bool:
+def run_suite(
+    suite: str, only: list[str], out: Path | None, *, checked: bool, settings: Mapping[str, dict[str, Any]]
+) -> bool:
     """Measure and save; False if it was checked and something became worse."""
-    rows = measure(suite, only, vllm)
+    rows = measure(suite, only, settings)
     path = save(suite, rows, device=cpu_name(), out=out)
     print(path)
     for draw in (FIGURES[part] for part in SUITES[suite] if part in FIGURES):
@@ -79,6 +85,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="these parts of the suite only, or variants of learning")
     parser.add_argument("--steps", type=int, help="learning: learner steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="learning: seeds of each variant (%(default)s)")
+    parser.add_argument("--layers", type=int, help="weights: layers of the large model, of 24; default all")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/SUITE_DEVICE_DATE.json")
     parser.add_argument("--check", action="store_true", help="compare with the last committed result, 1 if worse")
     parser.add_argument(
@@ -101,12 +108,16 @@ def main() -> None:
         path = save("learning", rows, device=cpu_name(), out=options.out)
         print(table(rows), path, learning.draw(rows, path.with_suffix(".png")), sep="\n")
     else:
-        suites = list(SUITES) if options.suite == "all" else [options.suite]
+        suites = [name for name in SUITES if name != "vllm"] if options.suite == "all" else [options.suite]
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:
             parser.error(f"no part of {options.suite}: {', '.join(sorted(unknown))}")
+        # What the run of a part takes.
+        settings: dict[str, dict[str, Any]] = {"e2e": {"vllm": options.vllm}}
+        if options.layers:
+            settings["weights"] = {"layers": options.layers}
         results = [
             run_suite(
-                suite, options.only, options.out if len(suites) == 1 else None, checked=options.check, vllm=options.vllm
+                suite, options.only, options.out if len(suites) == 1 else None, checked=options.check, settings=settings
             )
             for suite in suites
         ]

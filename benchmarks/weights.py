@@ -1,10 +1,15 @@
 """Weights from the learner to generators over loopback TCP: bytes on the wire, seconds, and who is held up how long.
 
 Two models. The demo's, in float32: consecutive versions of a short real run of the recipe (PPO, LR 2e-4), where every
-word changes. One of Qwen2.5-0.5B's shape with random weights and LAYERS of its 24 layers, which is what fits beside
-others: bf16 copies of float32 weights after real AdamW steps at LR 1e-6 on random text, where few words change; layers
-and embedding are also coded apart, to say what 24 layers would cost. All processes share this machine's cores, so times
-are an upper bound of what separate machines need beside the network.
+word changes. One of Qwen2.5-0.5B's shape, all 24 layers or as many as asked for, with random weights: bf16 copies of
+float32 weights after real AdamW steps at LR 1e-6 on random text, where few words change; layers and embedding are also
+coded apart. All processes share this machine's cores, so times are an upper bound of what separate machines need beside
+the network.
+
+Memory, for P parameters (0.49 G with all layers): 16 P bytes while the optimizer steps; then, without it, 2 P for each
+copy in bf16, of which publisher and three fetchers hold up to ten at once. The versions themselves lie in files, whose
+pages count as resident while there is room. With one layer, 0.3 GB a version, 4.3 GiB were resident at most; by that count
+all layers, 1.0 GB a version, need 14 GiB, 5 of them pages of files.
 """
 
 from __future__ import annotations
@@ -14,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import overload
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -42,7 +49,9 @@ WARMUP_STEPS = 3  # Adam's first steps move every weight by the full learning ra
 VERSIONS = 5
 LAG = 4
 READERS = 8
-LAYERS, ALL_LAYERS = 4, 24
+ALL_LAYERS = 24
+FAN_OUT_LAYERS = 4
+"""Of the model that READERS generators in this one process hold, without its embedding."""
 PATIENCE_S = 300
 Version = dict[str, Tensor]
 
@@ -101,6 +110,27 @@ def updates(model: Qwen2ForCausalLM, lr: float, dtype: torch.dtype, tokens: int)
             yield {name: p.detach().to(dtype, copy=True) for name, p in model.named_parameters()}
 
 
+class Stored(Sequence[Version]):
+    """Versions as files, each read when it is asked for and given back by the machine when memory is short."""
+
+    def __init__(self, folder: Path, versions: Iterable[Version]) -> None:
+        self._files: list[Path] = []
+        for number, version in enumerate(versions):
+            self._files.append(folder / f"{number}.safetensors")
+            save_file(version, self._files[-1])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Version: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Version]: ...
+    def __getitem__(self, index: int | slice) -> Version | list[Version]:
+        files = self._files[index]
+        return [load_file(one) for one in files] if isinstance(files, list) else load_file(files)
+
+
 def arrive(fetcher: Fetcher, version: int) -> Snapshot:
     fetcher.want(version)
     end = time.monotonic() + PATIENCE_S
@@ -122,7 +152,7 @@ def exact(snapshot: Snapshot, expected: Version) -> int:
     return len(expected)
 
 
-def travel(model: str, versions: list[Version]) -> list[Row]:
+def travel(model: str, versions: Sequence[Version]) -> list[Row]:
     """Publish in turn; one fetcher follows, one joins each time, one comes back after LAG versions."""
     name, full = f"weights {model}", sum(tensor.nbytes for tensor in versions[0].values())
     held, joins, follows, bytes_sent, forms, tensors = [], [], [], [], [], 0
@@ -202,10 +232,10 @@ def coding(model: str, old: State, new: State) -> list[Row]:
     ]
 
 
-def scaled(rows: list[Row], version: Version) -> Row:
-    """What the measured model would send with all its layers: layers and the rest weighed by their sizes."""
+def scaled(rows: list[Row], version: Version, measured: int) -> Row:
+    """What the model, measured with so many layers, would send with all: layers and the rest weighed by their sizes."""
     percent = {r["variant"].rpartition(" ")[2]: r["median"] for r in rows if "full:" in r["variant"]}
-    layers = sum(t.nbytes for name, t in version.items() if ".layers." in name) * ALL_LAYERS / LAYERS
+    layers = sum(t.nbytes for name, t in version.items() if ".layers." in name) * ALL_LAYERS / measured
     rest = sum(t.nbytes for name, t in version.items() if ".layers." not in name)
     value = (percent["layers"] * layers + percent["rest"] * rest) / (layers + rest)
     return row(rows[0]["name"], f"scaled to {ALL_LAYERS} layers", "%", [value], full_megabytes=(layers + rest) / 1e6)
@@ -267,15 +297,19 @@ def fan_out(versions: list[Version]) -> list[Row]:
     return rows
 
 
-def run() -> list[Row]:
+def run(layers: int = ALL_LAYERS) -> list[Row]:
     torch.manual_seed(0)
     small = demo_updates()
     rows = travel("demo fp32", small)
     rows += coding("demo fp32", capture(0, small[-2].items()), capture(1, small[-1].items()))
-    large = list(updates(half_billion_shape(LAYERS), 1e-6, torch.bfloat16, tokens=32))
-    rows += travel(f"0.5B shape, {LAYERS} layers, bf16", large)
-    coded = coding(f"0.5B shape, {LAYERS} layers, bf16", capture(0, large[-2].items()), capture(1, large[-1].items()))
-    rows += [*coded, scaled(coded, large[-1])]
-    rows += resume(large[-1])
-    # Eight generators in one process: without the embedding, so that their copies fit.
-    return rows + fan_out([{n: t for n, t in version.items() if ".layers." in n} for version in large[:4]])
+    name = f"0.5B shape, {layers} layers, bf16"
+    with tempfile.TemporaryDirectory() as folder:
+        large = Stored(Path(folder), updates(half_billion_shape(layers), 1e-6, torch.bfloat16, tokens=32))
+        rows += travel(name, large)
+        coded = coding(name, capture(0, large[-2].items()), capture(1, large[-1].items()))
+        rows += coded if layers == ALL_LAYERS else [*coded, scaled(coded, large[-1], layers)]
+        rows += resume(large[-1])
+        kept = tuple(f".layers.{n}." for n in range(FAN_OUT_LAYERS))
+        return rows + fan_out(
+            [{n: t for n, t in large[number].items() if any(k in n for k in kept)} for number in range(4)]
+        )

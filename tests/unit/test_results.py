@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, vllm_demo
 from benchmarks.compare import check, last_committed, read, render
 from benchmarks.newest import Results
-from benchmarks.protocol import row
+from benchmarks.protocol import row, save
+from benchmarks.run import SUITES
 
 
 def document(folder: Path, date: str, *rows: dict[str, Any], device: str = "cpu") -> Path:
@@ -50,6 +51,24 @@ def test_worse_is_beyond_tolerance_and_spread(results: Path, unit: str, values: 
     told, found = check(fresh, results)
     assert found is good
     assert ("**worse**" in told) is not good
+
+
+def test_a_result_names_the_command_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "r.json"
+    for module in ("benchmarks.run", "benchmarks.vllm_engines"):
+        monkeypatch.setattr("sys.argv", ["somewhere/file.py", "--only", "speed", "--out", str(out)])
+        found = read(save("vllm", [], device="cpu", out=out, module=module))
+        assert found["command"] == f"python -m {module} --only speed --out r.json"
+    # The folder of an absolute path says nothing about a measurement.
+    words = ["--python", "/opt/venv/bin/python", "--seed", "2"]
+    assert vllm_demo.command_line(words) == "python -m benchmarks.vllm_demo --python python --seed 2"
+
+
+def test_every_part_of_a_suite_exists() -> None:
+    for suite, parts in SUITES.items():
+        for part in parts:
+            assert (Path(readme.__file__).parent / f"{part}.py").is_file(), f"suite {suite}: no part {part}"
+    assert "vllm_engines" in SUITES["vllm"]
 
 
 def test_ratios_measured_side_by_side_are_compared_instead_of_times(results: Path) -> None:
