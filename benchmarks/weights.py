@@ -8,8 +8,8 @@ the network.
 
 Memory, for P parameters (0.49 G with all layers): 16 P bytes while the optimizer steps; then, without it, 2 P for each
 copy in bf16, of which publisher and three fetchers hold up to ten at once. The versions themselves lie in files, whose
-pages count as resident while there is room. With one layer, 0.3 GB a version, 4.3 GiB were resident at most; by that count
-all layers, 1.0 GB a version, need 14 GiB, 5 of them pages of files.
+pages count as resident while there is room. With one layer, 0.3 GB a version, 4.3 GiB were resident at most; by that
+count all layers, 1.0 GB a version, need 14 GiB, 5 of them pages of files.
 """
 
 from __future__ import annotations
