@@ -17,7 +17,8 @@ transformers_engine.py   the embedded one: continuous batching over any Hugging 
             (attention.py, kv_cache.py), samples (sampler.py) and looks for stop strings (stop.py)
 vllm_engine.py   vLLM, in processes of its own: vllm_loop.py runs its asyncio engine in a thread, vllm_weights.py hands
             it versions in flight, vllm_shim.py is all that is asked of it by name, vllm_options.py what may be set.
-            vllm_plugin.py and vllm_transfer.py run inside vLLM's processes, which find them by entry point
+            vllm_plugin.py and vllm_transfer.py run inside vLLM's processes, which find them by entry point;
+            vllm_readback.py is what these say they serve, vllm_labels.py puts versions on tokens where vLLM does not
 parameters.py   which tensor is which parameter, for both
 __main__.py `python -m orz_async.generator --connect tcp://HOST:PORT`
 """
