@@ -88,6 +88,8 @@ class VllmEngine:
         self._cancelled: set[str] = set()
         self._early: list[Chunk] = []
         """Chunks that came while a lease was being cancelled."""
+        self._answers = True
+        """The last lease that was cancelled had its last words in time, or there was a chunk since."""
         self._names = 0
         self._failed: deque[LeaseError] = deque()
         self._version = -1
@@ -135,7 +137,10 @@ class VllmEngine:
 
     def _abandon(self, name: str, running: _Running) -> Partial | None:
         """Which versions sampled what there is of it is in its last chunk, which an abort brings at once."""
-        if not self._vllm.end(name, _ABORT_S):
+        # One that did not answer in time is not waited for again: a daemon that leaves has a hundred of these to say.
+        self._answers = self._answers and self._vllm.end(name, _ABORT_S)
+        if not self._answers:
+            self._vllm.abort(name)
             self._cancelled.add(name)
         spans: tuple[Span, ...] = ()
         for chunk in self._vllm.take():
@@ -266,6 +271,7 @@ class VllmEngine:
     def _collect(self) -> list[Sample]:
         done = []
         chunks, self._early = [*self._early, *self._vllm.take()], []
+        self._answers = self._answers or bool(chunks)
         for chunk in chunks:
             running = self._running.get(chunk.request)
             if running is None:

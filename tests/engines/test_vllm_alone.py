@@ -16,7 +16,7 @@ import torch
 
 from orz_async.errors import EngineError
 from orz_async.generator import vllm_shim as shim
-from orz_async.generator.engine import Engine, LeaseError
+from orz_async.generator.engine import Engine, LeaseError, ref_of
 from orz_async.records import Span
 from tests.engines.kit import PATIENCE_S, lease, run, run_until, tensors, vllm_maker
 
@@ -115,6 +115,24 @@ def test_what_is_served_is_read_again_and_a_difference_names_the_tensor(vllm: An
     engine._weight_file.served = told  # type: ignore[method-assign]
     engine.apply(2, tensors(2))  # the whole update again
     assert [span.version for span in run(engine)[0].spans] == [0, 2]
+
+
+def test_a_vllm_that_does_not_answer_holds_up_one_cancellation(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = vllm_maker(vllm)()
+    for n in range(4):
+        engine.submit(lease(n, new=150))
+    run_until(engine, 8)
+    asked: list[str] = []
+    monkeypatch.setattr(vllm, "end", lambda name, _seconds: bool(asked.append(name)))  # it appends, and is False
+    partials = [engine.cancel(ref_of(lease(n))) for n in range(3)]
+    assert len(asked) == 1 and engine.idle is False
+    for partial in partials:  # what had come until then, without the versions that only the last chunk has
+        assert partial is not None and len(partial.response) and partial.spans == ()
+    monkeypatch.undo()
+    run_until(engine, 8)  # chunks again: it answers
+    last = engine.cancel(ref_of(lease(3)))
+    assert last is not None and last.spans == (Span(0, 0),)
+    assert engine.idle and len(run(engine, [lease(5, new=4)])[5].response) == 4
 
 
 def test_a_damaged_update_names_the_tensor_and_is_never_served(vllm: Any) -> None:
