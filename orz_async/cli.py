@@ -36,10 +36,11 @@ options:
 """
 
 DEMO_USAGE = """\
-usage: orz demo [--seed N] [options and settings of orz run]
+usage: orz demo [--recipe small_1gpu] [--seed N] [options and settings of orz run]
 
-Make the base model in runs/base if it is not there, then run the recipe tiny_cpu in runs/demo, which is overwritten
-unless --resume is given.
+Make the base model of the recipe (tiny_cpu unless another is named) if it is not there, then run the recipe in
+runs/demo, which is overwritten unless --resume is given. small_1gpu is for one GPU; its folders are runs/base-small and
+runs/demo-small_1gpu.
 """
 
 REPLAY_USAGE = """\
@@ -58,8 +59,8 @@ Asynchronous PPO with a critic for reasoning RL.
 
 commands:
   run RECIPE       train: learner, generators, live view, summary (orz run --help lists every setting)
-  make-base        make the tiny base model and its task, on CPU in a minute or two
-  demo             make-base if needed, then run the recipe tiny_cpu in runs/demo
+  make-base        make the base model of a recipe and its task; the demo's on CPU in a minute or two
+  demo             make-base if needed, then run tiny_cpu (or --recipe small_1gpu) in runs/demo
   init DIR         write a commented recipe and task files for your own problems
   doctor           check the machine and the installation, and say what to do
   summary RUN      compute and print the summary of a run from its event logs
@@ -89,22 +90,28 @@ def take_flag(argv: list[str], name: str) -> bool:
     return bool(matching)
 
 
-def take_number(argv: list[str], name: str, default: float) -> float:
-    """Remove `--name N` or `--name=N` from argv; N must be positive."""
+def take_word(argv: list[str], name: str, default: str) -> str:
+    """Remove `--name WORD` or `--name=WORD` from argv; "" where no word follows."""
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag.replace("_", "-") != name:
             continue
         found = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
         del argv[i : i + (1 if equals else 2)]
-        try:
-            number = float(found)
-        except ValueError:
-            number = 0.0
-        if not number > 0:
-            raise ConfigError(f"expected a positive number for {name}, found {found or 'nothing'}")
-        return number
+        return found
     return default
+
+
+def take_number(argv: list[str], name: str, default: float) -> float:
+    """Remove `--name N` or `--name=N` from argv; N must be positive."""
+    found = take_word(argv, name, str(default))
+    try:
+        number = float(found)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise ConfigError(f"expected a positive number for {name}, found {found or 'nothing'}")
+    return number
 
 
 def run(argv: list[str]) -> int:
@@ -155,17 +162,23 @@ def replay(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    from orz_async.cli_config import HELP
-    from orz_async.recipes import tiny_cpu
+    from orz_async.cli_config import HELP, parse_config
+    from orz_async.recipes import BASES, RECIPES
 
     if not HELP.isdisjoint(argv):
         print(DEMO_USAGE)
         return 0
-    base = Path(tiny_cpu().model.path).parent
+    recipe = take_word(argv, "--recipe", "tiny_cpu").replace("-", "_")
+    if recipe not in BASES:
+        raise ConfigError(f"expected --recipe to be one of {', '.join(BASES)}, found {recipe!r}")
+    words = [recipe, "--run-dir", "runs/demo" if recipe == "tiny_cpu" else f"runs/demo-{recipe}", *argv]
+    base = Path(RECIPES[recipe]().model.path).parent
     if "--dry-run" not in argv and not (base / "base.json").exists():
-        build_base(base)
-    mode = [] if "--resume" in argv else ["--overwrite"]
-    return run(["tiny_cpu", "--run-dir", "runs/demo", *mode, *argv])
+        settings = [word for word in words if word not in ("--resume", "--overwrite")]
+        for option in ("--ranks", "--drain-s"):
+            take_number(settings, option, 1.0)
+        build_base(recipe, parse_config(settings))
+    return run([*words, *([] if "--resume" in argv else ["--overwrite"])])
 
 
 def sim(argv: list[str]) -> int:

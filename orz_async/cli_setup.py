@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from orz_async.config import Config
 from orz_async.errors import ExitCode
 from orz_async.observe.progress import Progress
 
@@ -12,24 +14,52 @@ BASE = Path("runs/base")
 
 
 def make_base(argv: list[str]) -> int:
+    from orz_async.recipes import BASES, RECIPES
+
     parser = argparse.ArgumentParser(
-        "orz make-base", description="Train the demo's base model from scratch and write it with its problems."
+        "orz make-base", description="Train the base model of a recipe from scratch and write it with its problems."
     )
-    parser.add_argument("--out", type=Path, default=BASE, help="folder to write (default: %(default)s)")
+    parser.add_argument("--recipe", choices=list(BASES), default="tiny_cpu", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: where the recipe looks for it)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, text and problems (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="training steps (default: what the recipe tiny_cpu needs)")
+    parser.add_argument("--steps", type=int, help="training steps (default: what the recipe needs)")
+    parser.add_argument("--device", help="cpu, cuda:0, ... (default: the recipe's)")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     options = parser.parse_args(argv)
-    build_base(options.out, seed=options.seed, steps=options.steps, force=options.force)
+    config = RECIPES[options.recipe]()
+    if options.device is not None:
+        config = replace(config, generator=replace(config.generator, device=options.device))
+    build_base(options.recipe, config, out=options.out, seed=options.seed, steps=options.steps, force=options.force)
     return 0
 
 
-def build_base(out: Path, *, seed: int = 0, steps: int | None = None, force: bool = False) -> None:
+def build_base(
+    recipe: str,
+    config: Config,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    force: bool = False,
+) -> None:
+    """The base of `recipe`, on the device of its generators and in its compute type."""
     from orz_async.learner import base
+    from orz_async.learner.base_plan import PLANS
+    from orz_async.recipes import BASES
 
+    plan = PLANS[BASES[recipe]]
+    out = Path(plan.folder) if out is None else out
     with Progress() as progress:
-        number = base.STEPS if steps is None else steps
-        report = base.make_base(out, seed=seed, steps=number, force=force, progress=progress)
+        report = base.make_base(
+            out,
+            plan=plan,
+            seed=seed,
+            steps=steps,
+            device=config.generator.device,
+            dtype=config.model.dtype,
+            force=force,
+            progress=progress,
+        )
     heldout = report["heldout"]
     solves = (
         f"{heldout['accuracy']:.0%} of {heldout['samples']} held-out problems, {heldout['length_mean']:.1f} tokens each"

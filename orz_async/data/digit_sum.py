@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+NAME = "digit-sum"
+
 Digits = tuple[int, ...]
 Style = Literal["full", "direct", "partial", "corrupted", "rambling"]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -89,7 +91,7 @@ def draw_style(mix: Mapping[Style, float], rng: random.Random) -> Style:
 def respond(digits: Digits, style: Style, rng: random.Random) -> str:
     """What follows ``<think>``: working of the given quality, then the answer it leads to."""
     if style == "direct":
-        return _finish("", rng.randrange(10))
+        return finish("", rng.randrange(10))
     if style == "partial":
         return _work(digits[: rng.randint(1, 2)])
     if style == "corrupted":
@@ -114,7 +116,8 @@ def style_of(response: str, digits: Digits) -> str:
     return "corrupted"
 
 
-def _finish(thought: str, answer: int) -> str:
+def finish(thought: str, answer: int) -> str:
+    """A response: the thought, its end, the boxed answer."""
     return f"{thought}{THINK_CLOSE}{ANSWER_OPEN}{BOX_OPEN}{answer}}}{ANSWER_CLOSE}"
 
 
@@ -124,7 +127,7 @@ def _work(digits: Digits, *, wrong_at: int = -1, wrong_by: int = 0) -> str:
     for position, digit in enumerate(digits):
         total = (total + digit + (wrong_by if position == wrong_at else 0)) % 10
         steps.append(f"{LETTERS[position]}{digit}={total};")
-    return _finish("".join(steps), total)
+    return finish("".join(steps), total)
 
 
 def _ramble(digits: Digits, rng: random.Random) -> str:
@@ -133,4 +136,4 @@ def _ramble(digits: Digits, rng: random.Random) -> str:
     while not parts or rng.random() < 0.7:
         position = rng.randrange(len(digits))
         parts.append(rng.choice(("wait;", f"{LETTERS[position]}{digits[position]};")))
-    return _finish("wait;" + "".join(parts), rng.randrange(10))
+    return finish("wait;" + "".join(parts), rng.randrange(10))

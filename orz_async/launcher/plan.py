@@ -9,6 +9,7 @@ import msgspec
 
 from orz_async.config import Config
 from orz_async.errors import OrzError
+from orz_async.learner.base_plan import PLANS
 from orz_async.learner.memory import QWEN25, Shape, generator_memory, learner_memory, lines
 
 
@@ -25,14 +26,15 @@ def files(config: Config) -> list[str]:
 
 
 def shape_of(config: Config) -> Shape | None:
-    """From the model's config.json; for a known model that is not there yet, from its name; else None."""
+    """From the model's config.json; for one that is not there yet, from its name or its own base plan; else None."""
     path = Path(config.model.path) / "config.json"
     if path.is_file():
         try:
             return Shape.from_config(msgspec.json.decode(path.read_bytes(), type=dict[str, object]))
         except (OSError, KeyError, TypeError, ValueError, msgspec.DecodeError):
             return None
-    return QWEN25.get(Path(config.model.path).name)
+    own = {plan.model: plan.shape for plan in PLANS.values()}
+    return own.get(config.model.path) or QWEN25.get(Path(config.model.path).name)
 
 
 def describe(config: Config, ranks: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""Makes the demo's base model: a small Qwen2 trained from scratch on text of mixed quality, as if from the web.
+"""Makes a base model: a Qwen2 trained from scratch on text of mixed quality, as if from the web.
 
-consumes  nothing but a seed
+consumes  a plan (base_plan.py: task, size, steps) and a seed
 produces  a folder: model/ (Hugging Face directory with tokenizer), train.jsonl, heldout.jsonl, base.json
 
 Early text is mostly full working, from which the single steps are learned; late text is mostly guesses. The result can
 work a problem out but rarely does, so there is something for reinforcement learning to find. The number of steps is
-fixed rather than the seconds, so that equal seeds and threads give equal bits.
+fixed rather than the seconds, so that on CPU equal seeds and threads give equal bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,13 @@ from torch.nn import functional
 
 from orz_async.data import digit_sum
 from orz_async.data.char_tokenizer import vocabulary, write_tokenizer
-from orz_async.data.digit_sum import Digits
+from orz_async.data.task import Task
 from orz_async.data.template import render
 from orz_async.data.tokenizer import Tokenizer, load_tokenizer
 from orz_async.errors import ConfigError, DiskError, NumericError
+from orz_async.learner.base_plan import TINY, BasePlan
 from orz_async.reward.grade import Verdict, grade
 
-STEPS = 900
-"""About 50 seconds on one idle core."""
-BATCH = 16
-LEARNING_RATE = 2e-3
-ADAM_BETAS = (0.9, 0.98)
-WARMUP_STEPS = 50
-CLEAN_SHARE = 0.65
-"""Share of the steps on clean text; the rest see text as one finds it."""
-TRAIN_PROBLEMS = 20_000
-HELDOUT_PROBLEMS = 600
-MAX_NEW_TOKENS = 96
 IGNORED = -100
 """Target of positions that carry no loss."""
 
@@ -55,13 +45,19 @@ Progress = Callable[[str, float], None]
 def make_base(
     out: Path,
     *,
+    plan: BasePlan = TINY,
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int | None = None,
     threads: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train the base model and write it with its problems to `out`, which appears complete or not at all."""
+    """Train the base model and write it with its problems to `out`, which appears complete or not at all.
+
+    `steps` instead of the plan's. `dtype` is what forward and backward compute in; the weights are float32.
+    """
     if out.exists() and not force:
         raise ConfigError(f"expected {out} not to exist, found it; choose another folder, or replace it with --force")
     started = time.monotonic()
@@ -69,21 +65,27 @@ def make_base(
     try:
         (fresh / "model").mkdir(parents=True)
         write_tokenizer(fresh / "model")
-        heldout = digit_sum.draw_heldout(HELDOUT_PROBLEMS, seed)
-        write_problems(fresh / "heldout.jsonl", heldout)
-        write_problems(fresh / "train.jsonl", digit_sum.draw_train(TRAIN_PROBLEMS, seed, frozenset(heldout)))
+        heldout = plan.task.draw_heldout(plan.heldout_problems, seed)
+        write_problems(fresh / "heldout.jsonl", plan.task, heldout)
+        train_problems = plan.task.draw_train(plan.train_problems, seed, frozenset(heldout))
+        write_problems(fresh / "train.jsonl", plan.task, train_problems)
         tokenizer = load_tokenizer(fresh / "model")
+        steps = plan.steps if steps is None else steps
         with _torch_state(seed, threads):
-            model = new_model()
-            train(model, tokenizer, frozenset(heldout), seed=seed, steps=steps, progress=progress or _silent)
+            model = new_model(plan).to(device)
+            corpus = batches(tokenizer, frozenset(heldout), plan, seed=seed, steps=steps)
+            train(model, corpus, plan, steps=steps, dtype=getattr(torch, dtype), progress=progress or _silent)
             report = {
+                "plan": plan.name,
                 "seed": seed,
                 "steps": steps,
                 "threads": threads,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "torch": torch.__version__,
                 "seconds": round(time.monotonic() - started, 1),
-                "heldout": check(model, tokenizer, heldout, seed=seed),
+                "device": device,
+                "dtype": dtype,
+                "heldout": check(model, tokenizer, heldout, plan, seed=seed),
             }
         model.save_pretrained(fresh / "model")
         (fresh / "base.json").write_text(json.dumps(report, indent=2) + "\n", encoding="ascii")
@@ -97,8 +99,8 @@ def make_base(
     return report
 
 
-def new_model() -> Any:
-    """A Qwen2 of 0.34 M parameters with random weights. Head size 64 is the smallest that every engine supports."""
+def new_model(plan: BasePlan = TINY) -> Any:
+    """A Qwen2 of this size with random weights, on CPU."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from transformers.utils import logging
 
@@ -106,11 +108,11 @@ def new_model() -> Any:
     return Qwen2ForCausalLM(  # type: ignore[no-untyped-call]
         Qwen2Config(
             vocab_size=len(vocabulary()),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
+            hidden_size=plan.hidden,
+            intermediate_size=plan.intermediate,
+            num_hidden_layers=plan.layers,
+            num_attention_heads=plan.heads,
+            num_key_value_heads=plan.heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -122,19 +124,28 @@ def new_model() -> Any:
 
 
 def train(
-    model: Any, tokenizer: Tokenizer, heldout: frozenset[Digits], *, seed: int, steps: int, progress: Progress
+    model: Any,
+    corpus: Iterable[tuple[Tensor, Tensor]],
+    plan: BasePlan,
+    *,
+    steps: int,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> None:
     """Next-token loss on the responses only, AdamW, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=plan.adam_betas, weight_decay=0.01)
+    device: torch.device = model.device
     model.train()
-    for step, (tokens_BT, targets_BT) in enumerate(batches(tokenizer, heldout, seed=seed, steps=steps)):
+    for step, (tokens_BT, targets_BT) in enumerate(corpus):
+        warm, decay = min(1.0, (step + 1) / plan.warmup_steps), (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = (
-                LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-            )
-        logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+            group["lr"] = plan.learning_rate * warm * decay
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits
         loss = functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT[:, 1:].flatten(), ignore_index=IGNORED
+            logits_BTV[:, :-1].flatten(0, 1).float(),
+            targets_BT[:, 1:].flatten().to(device),
+            ignore_index=IGNORED,
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -149,26 +160,26 @@ def train(
 
 
 def batches(
-    tokenizer: Tokenizer, heldout: frozenset[Digits], *, seed: int, steps: int
+    tokenizer: Tokenizer, heldout: frozenset[Any], plan: BasePlan, *, seed: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Token and target batches, right-padded; prompts, padding and every held-out problem are left out of the loss."""
-    rng = random.Random(f"digit-sum corpus {seed}")
+    task = plan.task
+    rng = random.Random(f"{task.NAME} corpus {seed}")
     end = tokenizer.eos_token_id
     assert end is not None, "the task's own tokenizer has an end of sequence"
     for step in range(steps):
-        mix = digit_sum.CLEAN_MIX if step < CLEAN_SHARE * steps else digit_sum.WEB_MIX
-        problems: list[Digits] = []
-        while len(problems) < BATCH:
-            if (digits := digit_sum.draw_corpus(rng)) not in heldout:
-                problems.append(digits)
-        prompts = render([digit_sum.problem(digits) for digits in problems], "chat", tokenizer)
+        mix = task.CLEAN_MIX if step < plan.clean_share * steps else task.WEB_MIX
+        problems: list[Any] = []
+        while len(problems) < plan.batch:
+            if (made := task.draw_corpus(rng)) not in heldout:
+                problems.append(made)
+        prompts = render([task.problem(made) for made in problems], "chat", tokenizer)
         responses = [
-            [*tokenizer.encode(digit_sum.respond(digits, digit_sum.draw_style(mix, rng), rng)), end]
-            for digits in problems
+            [*tokenizer.encode(task.respond(made, digit_sum.draw_style(mix, rng), rng)), end] for made in problems
         ]
         longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-        tokens_BT = torch.full((BATCH, longest), end)
-        targets_BT = torch.full((BATCH, longest), IGNORED)
+        tokens_BT = torch.full((plan.batch, longest), end)
+        targets_BT = torch.full((plan.batch, longest), IGNORED)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             total = len(prompt) + len(response)
             tokens_BT[row, :total] = torch.tensor(prompt + response)
@@ -176,22 +187,24 @@ def batches(
         yield tokens_BT, targets_BT
 
 
-def check(model: Any, tokenizer: Tokenizer, heldout: list[Digits], *, seed: int) -> dict[str, Any]:
+def check(model: Any, tokenizer: Tokenizer, heldout: list[Any], plan: BasePlan, *, seed: int) -> dict[str, Any]:
     """Sample each held-out problem once at temperature 1 and grade it by the rule that training uses."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     stop = tokenizer.encode(digit_sum.STOP)[-1]
     count: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     tokens = truncated = 0
-    # One length of problem at a time, so that no prompt needs padding.
-    for length in digit_sum.LENGTHS:
-        problems = [digits for digits in heldout if len(digits) == length]
-        prompts = render([digit_sum.problem(digits) for digits in problems], "chat", tokenizer)
-        for digits, response in zip(problems, sample(model, prompts, stop, generator), strict=True):
+    rendered = render([plan.task.problem(made) for made in heldout], "chat", tokenizer)
+    # One length of prompt at a time, so that none needs padding.
+    for length in sorted(set(map(len, rendered))):
+        problems = [made for made, prompt in zip(heldout, rendered, strict=True) if len(prompt) == length]
+        prompts = [prompt for prompt in rendered if len(prompt) == length]
+        responses = sample(model, prompts, stop, generator, max_new_tokens=plan.max_new_tokens)
+        for made, response in zip(problems, responses, strict=True):
             text = tokenizer.decode(response)
             is_finished = response[-1] in (stop, tokenizer.eos_token_id)
-            verdict = grade(text, digit_sum.solution(digits), "stop" if is_finished else "length")
-            style = digit_sum.style_of(text, digits)
+            verdict = grade(text, plan.task.solution(made), "stop" if is_finished else "length")
+            style = plan.task.style_of(text, made)
             count[style] += 1
             correct[style] += isinstance(verdict, Verdict) and verdict.reward == 1.0
             tokens += len(response)
@@ -210,13 +223,15 @@ def check(model: Any, tokenizer: Tokenizer, heldout: list[Digits], *, seed: int)
 
 
 @torch.no_grad()
-def sample(model: Any, prompts: list[list[int]], stop: int, generator: torch.Generator) -> list[list[int]]:
+def sample(
+    model: Any, prompts: list[list[int]], stop: int, generator: torch.Generator, *, max_new_tokens: int
+) -> list[list[int]]:
     """Responses to prompts of one length at temperature 1, up to and with the stop token, by a plain cached loop."""
     responses: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    tokens_BT, cache = torch.tensor(prompts), None
+    tokens_BT, cache = torch.tensor(prompts, device=model.device), None
     end = model.config.eos_token_id
-    for _ in range(MAX_NEW_TOKENS):
+    for _ in range(max_new_tokens):
         output = model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         tokens_BT = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
@@ -228,12 +243,12 @@ def sample(model: Any, prompts: list[list[int]], stop: int, generator: torch.Gen
         if len(kept) < len(running):
             running = [running[row] for row in kept]
             tokens_BT = tokens_BT[kept]
-            cache.batch_select_indices(torch.tensor(kept))
+            cache.batch_select_indices(torch.tensor(kept, device=model.device))
     return responses
 
 
-def write_problems(path: Path, problems: list[Digits]) -> None:
-    rows = ({"prompt": digit_sum.problem(digits), "answer": digit_sum.solution(digits)} for digits in problems)
+def write_problems(path: Path, task: Task[Any], problems: list[Any]) -> None:
+    rows = ({"prompt": task.problem(made), "answer": task.solution(made)} for made in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from orz_async.data.source import content_key
 from orz_async.data.tokenizer import Tokenizer, load_tokenizer
 from orz_async.errors import ConfigError
 from orz_async.learner import base
+from orz_async.learner.base_plan import PLANS, SMALL, TINY, BasePlan
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(directory)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "HELDOUT_PROBLEMS", 20)
-    monkeypatch.setattr(base, "TRAIN_PROBLEMS", 100)
-    monkeypatch.setattr(base, "MAX_NEW_TOKENS", 8)
+FEW = dataclasses.replace(TINY, heldout_problems=20, train_problems=100, max_new_tokens=8)
+FEW_SMALL = dataclasses.replace(
+    SMALL,
+    hidden=64,
+    intermediate=64,
+    layers=2,
+    heads=1,
+    batch=4,
+    heldout_problems=20,
+    train_problems=100,
+    max_new_tokens=8,
+)
+"""The GPU recipe's base, cut down."""
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -39,16 +49,18 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.usefixtures("small")
-def test_equal_seeds_give_equal_bits_and_a_directory_that_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("plan", "dtype"), [(FEW, "float32"), (FEW_SMALL, "bfloat16")], ids=["tiny", "small"])
+def test_equal_seeds_give_equal_bits_and_a_directory_that_loads(tmp_path: Path, plan: BasePlan, dtype: str) -> None:
     torch.manual_seed(123)
     expected_draw = torch.rand(1)
     torch.manual_seed(123)
     said: list[float] = []
-    report = base.make_base(tmp_path / "a", seed=1, steps=3, progress=lambda what, fraction: said.append(fraction))
+    report = base.make_base(
+        tmp_path / "a", plan=plan, seed=1, steps=3, dtype=dtype, progress=lambda what, fraction: said.append(fraction)
+    )
     assert torch.rand(1) == expected_draw, "the caller's random state was changed"
-    base.make_base(tmp_path / "b", seed=1, steps=3)
-    base.make_base(tmp_path / "c", seed=2, steps=3)
+    base.make_base(tmp_path / "b", plan=plan, seed=1, steps=3, dtype=dtype)
+    base.make_base(tmp_path / "c", plan=plan, seed=2, steps=3, dtype=dtype)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert digest(tmp_path / "a")["model/model.safetensors"] != digest(tmp_path / "c")["model/model.safetensors"]
     assert json.loads((tmp_path / "a" / "base.json").read_text()) == report
@@ -65,7 +77,6 @@ def test_equal_seeds_give_equal_bits_and_a_directory_that_loads(tmp_path: Path) 
     assert (len(train), len(heldout), len(train & heldout)) == (100, 20, 0)
 
 
-@pytest.mark.usefixtures("small")
 def test_an_existing_folder_is_kept_unless_forced_and_a_failure_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,23 +84,31 @@ def test_an_existing_folder_is_kept_unless_forced_and_a_failure_leaves_nothing(
     out.mkdir()
     (out / "precious").touch()
     with pytest.raises(ConfigError, match=r"expected .*base not to exist, found it"):
-        base.make_base(out, steps=1)
+        base.make_base(out, plan=FEW, steps=1)
 
     def break_off(what: str, fraction: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base.make_base(out, steps=1, force=True, progress=break_off)
+        base.make_base(out, plan=FEW, steps=1, force=True, progress=break_off)
     assert [path.name for path in tmp_path.rglob("*")] == ["base", "precious"]
-    base.make_base(out, steps=1, force=True)
+    base.make_base(out, plan=FEW, steps=1, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert sorted(path.name for path in out.iterdir()) == ["base.json", "heldout.jsonl", "model", "train.jsonl"]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_plan_has_the_size_it_says(plan: BasePlan) -> None:
+    with torch.device("meta"):
+        model = base.new_model(plan)
+    assert plan.shape.policy == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.name == "tiny" or 30e6 < plan.shape.policy < 100e6
 
 
 def test_heldout_problems_never_reach_the_corpus_and_only_responses_carry_loss(tokenizer: Tokenizer) -> None:
     heldout = frozenset(itertools.product(range(10), repeat=3))
     assistant, end = tokenizer.encode("Assistant:<think>"), tokenizer.eos_token_id
-    for tokens_BT, targets_BT in base.batches(tokenizer, heldout, seed=0, steps=20):
+    for tokens_BT, targets_BT in base.batches(tokenizer, heldout, TINY, seed=0, steps=20):
         for tokens, targets in zip(tokens_BT.tolist(), targets_BT.tolist(), strict=True):
             start = tokens.index(assistant[-1]) + 1
             assert tokens[start - 2 : start] == assistant
@@ -120,6 +139,6 @@ def test_the_cached_loop_samples_what_a_plain_one_does(tokenizer: Tokenizer) -> 
     # A token from the middle of one response stops that row early, while others go on.
     stop = responses[0][10]
     expected = [row[: row.index(stop) + 1] if stop in row else row for row in responses]
-    sampled = base.sample(model, prompts, stop, torch.Generator().manual_seed(0))
+    sampled = base.sample(model, prompts, stop, torch.Generator().manual_seed(0), max_new_tokens=96)
     assert [row[:20] for row in sampled] == expected
     assert len({len(row) for row in expected}) > 1

@@ -169,5 +169,6 @@ def test_every_recipe_has_a_dry_run(name: str) -> None:
     if name in LAYOUTS:
         assert f"Memory of each of {ranks} learner ranks" in text
         assert "MISSING" in text
+    if name.startswith("orz_"):
         assert config.broker.rollouts_per_step == 8192
         assert (config.learner.policy_steps, config.learner.critic_steps) == (1, 12)
