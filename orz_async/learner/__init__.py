@@ -27,6 +27,7 @@ The way of one step through the folder::
     sample.py                                a few rollouts of a step token by token, whichever rank trained them
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
     hf_directory.py, export.py               from and to a Hugging Face directory
+    tensor_file.py                           shards into files, none of them whole anywhere
     replay.py                                the batches of a journal instead of a broker: `orz replay`
     services.py, signals.py                  what the loop needs from outside; how it is asked to stop
 

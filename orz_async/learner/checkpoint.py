@@ -3,7 +3,8 @@
 Commit: fresh temporary directory -> tensors, ledger -> manifest with size and sha256 of each -> fsync of files and
 directory -> rename -> fsync of the parent -> LATEST replaced atomically -> only then older ones are pruned. The loader
 trusts nothing but a manifest that matches its files, walks back to the newest one that does, and says what was wrong
-with the others. Tensors are safetensors, whole and under their Hugging Face names: any number of ranks can resume.
+with the others. Tensors are safetensors, whole and under their Hugging Face names: any number of ranks can resume. They
+are written shard by shard and read the same way: no rank ever holds a whole one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from orz_async.config import Config
 from orz_async.errors import CheckpointError, DiskError
+from orz_async.learner import loading
 from orz_async.learner.durable import Identity, replace_file, sync_directory, sync_file
-from orz_async.learner.parallel import full_parameters, like
+from orz_async.learner.tensor_file import TensorFiles
 from orz_async.learner.trainer import Trainer
 
 _LAYOUT = 1
@@ -77,22 +79,23 @@ def folder(run_dir: Path) -> Path:
 
 
 def save(trainer: Trainer, *, run_dir: Path, identity: Identity, ledger: bytes) -> Path:
-    """All ranks. Only rank 0 writes; the others take part in gathering and pass anything as `ledger`."""
+    """All ranks. Only rank 0 writes; the others send it their shards and pass anything as `ledger`."""
     root = folder(run_dir)
     final = root / f"step-{trainer.num_steps:08d}"
-    if not trainer.world.is_first:
-        for _ in _states(trainer):
-            pass
-        return final
     temporary = root / f".saving-{trainer.num_steps:08d}-{os.getpid()}"
+    files = TensorFiles(trainer.world)
+    if trainer.world.is_first:
+        with files.attempt():
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, trainer, identity, ledger)
+        _write(temporary, trainer, files, identity, ledger)
+        if not trainer.world.is_first:
+            return final
         _move(temporary, final)
         sync_directory(root)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(
             f"{final}: expected to write a checkpoint, found: {error}; earlier checkpoints are untouched: "
@@ -103,9 +106,12 @@ def save(trainer: Trainer, *, run_dir: Path, identity: Identity, ledger: bytes) 
     return final
 
 
-def _write(directory: Path, trainer: Trainer, identity: Identity, ledger: bytes) -> None:
+def _write(directory: Path, trainer: Trainer, files: TensorFiles, identity: Identity, ledger: bytes) -> None:
     for name, tensors in _states(trainer):
-        save_file(tensors, directory / f"{name}.safetensors")
+        files.write(directory / f"{name}.safetensors", tensors)
+    if not trainer.world.is_first:
+        return
+    files.check()
     (directory / _LEDGER).write_bytes(ledger)
     records = {
         name: FileRecord(size=(directory / name).stat().st_size, sha256=_sha256(directory / name)) for name in _FILES
@@ -128,24 +134,20 @@ def _write(directory: Path, trainer: Trainer, identity: Identity, ledger: bytes)
     sync_directory(directory)
 
 
-def _states(trainer: Trainer) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All ranks, exhausting it: one file's tensors after the other, whole; the other ranks keep none of them."""
-    yield "policy", _collect(trainer, full_parameters(trainer.policy))
+def _states(trainer: Trainer) -> Iterator[tuple[str, list[tuple[str, Tensor]]]]:
+    """All ranks: one file's tensors after the other, sharded as they are."""
+    yield "policy", _parameters(trainer.policy)
     # Without a critic its two files are there and empty: the layout stays one.
     critic, optimizer = trainer.critic, trainer.critic_optimizer
-    yield "critic", _collect(trainer, full_parameters(critic) if critic is not None else iter(()))
-    yield "policy_optimizer", _collect(trainer, trainer.policy_optimizer.full_state())
-    yield "critic_optimizer", _collect(trainer, optimizer.full_state() if optimizer is not None else iter(()))
+    yield "critic", [] if critic is None else _parameters(critic)
+    yield "policy_optimizer", list(trainer.policy_optimizer.state())
+    yield "critic_optimizer", [] if optimizer is None else list(optimizer.state())
     rng = trainer.world.gather(torch.get_rng_state())
-    yield "rng", {f"cpu.{rank}": state for rank, state in enumerate(rng)}
+    yield "rng", [(f"cpu.{rank}", state) for rank, state in enumerate(rng)]
 
 
-def _collect(trainer: Trainer, named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    kept: dict[str, Tensor] = {}
-    for name, tensor in named:
-        if trainer.world.is_first:
-            kept[name] = tensor.cpu().contiguous()
-    return kept
+def _parameters(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter.detach()) for name, parameter in module.named_parameters()]
 
 
 def _sha256(path: Path) -> str:
@@ -247,28 +249,40 @@ def verify(path: Path) -> Manifest:
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """All ranks, each reading the whole files: weights, optimizers, step, and the random state of its own rank."""
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
-    for name, module in (("policy", trainer.policy), ("critic", trainer.critic)):
-        parameters = dict(module.named_parameters()) if module is not None else {}
-        shapes = {key: tuple(p.shape) for key, p in parameters.items()}
-        found = {key: tuple(t.shape) for key, t in tensors[name].items()}
-        if shapes != found:
-            differ = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
-            raise CheckpointError(
-                f"{path}: expected the {name} of model.path, found other tensors: {differ[:4]}; set model.path to the "
-                "model this run began with"
-            )
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(like(tensors[name][key], parameter))
-    trainer.policy_optimizer.load(tensors["policy_optimizer"])
-    if trainer.critic_optimizer is not None:
-        trainer.critic_optimizer.load(tensors["critic_optimizer"])
-    state = tensors["rng"].get(f"cpu.{trainer.world.rank}")
-    if state is not None:
-        torch.set_rng_state(state)
+    """All ranks, each reading its own rows: weights, optimizers, step, and the random state of its own rank."""
+    with ExitStack() as stack:
+        try:
+            files = {
+                name: stack.enter_context(safe_open(path / f"{name}.safetensors", framework="pt"))
+                for name in _TENSOR_FILES
+            }
+            _restore_weights("policy", trainer.policy, files["policy"], path)
+            _restore_weights("critic", trainer.critic, files["critic"], path)
+            trainer.policy_optimizer.load(files["policy_optimizer"])
+            if trainer.critic_optimizer is not None:
+                trainer.critic_optimizer.load(files["critic_optimizer"])
+            own = f"cpu.{trainer.world.rank}"
+            if own in files["rng"].keys():  # noqa: SIM118 (a file is no mapping)
+                torch.set_rng_state(files["rng"].get_tensor(own))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: expected readable tensors, found: {error}; copy it again") from error
     trainer.num_steps = _step(path)
+
+
+@torch.no_grad()
+def _restore_weights(what: str, module: torch.nn.Module | None, file: Any, path: Path) -> None:
+    parameters = dict(module.named_parameters()) if module is not None else {}
+    shapes = {key: tuple(p.shape) for key, p in parameters.items()}
+    stored = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    found = {key: tuple(part.get_shape()) for key, part in stored.items()}
+    if shapes != found:
+        differ = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+        raise CheckpointError(
+            f"{path}: expected the {what} of model.path, found other tensors: {differ[:4]}; set model.path to the "
+            "model this run began with"
+        )
+    for key, parameter in parameters.items():
+        loading.copy_slice(parameter, stored[key])
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedConfig
 
 from orz_async.errors import DiskError
-from orz_async.learner.parallel import full_parameters
+from orz_async.learner.tensor_file import TensorFiles
 from orz_async.learner.trainer import Trainer
 
 _TOKENIZER_FILES = (
@@ -32,45 +30,50 @@ def export(trainer: Trainer, *, source: Path, target: Path) -> None:
     value of the state after it.
     """
     dtype = getattr(torch, trainer.config.model.dtype)
-    policy = _collect(trainer, full_parameters(trainer.policy), dtype)
-    critic = _collect(trainer, full_parameters(trainer.critic), dtype) if trainer.critic is not None else None
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
+    files = TensorFiles(trainer.world)
+    parts: list[tuple[Path, nn.Module, PreTrainedConfig]] = [
+        (temporary, trainer.policy, _config(trainer.policy.config, dtype))
+    ]
+    if trainer.critic is not None:
+        parts.append((temporary / "critic", trainer.critic, _critic_config(trainer.policy.config, dtype)))
+    if trainer.world.is_first:
+        with files.attempt():
+            shutil.rmtree(temporary, ignore_errors=True)
+            for directory, _, config in parts:
+                directory.mkdir(parents=True)
+                config.save_pretrained(directory)
+                _copy_tokenizer(source, directory)
+    for directory, module, _ in parts:
+        _write_weights(files, directory, module, dtype)
     if not trainer.world.is_first:
         return
-    temporary = target.with_name(f".{target.name}-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write_model(temporary, _config(trainer.policy.config, dtype), policy, source)
-        if critic is not None:
-            _write_model(temporary / "critic", _critic_config(trainer.policy.config, dtype), critic, source)
+        files.check()
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(
             f"{target}: expected to write the model, found: {error}; free space and resume the run"
         ) from error
 
 
-def _collect(trainer: Trainer, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    kept: dict[str, Tensor] = {}
-    for name, tensor in named:
-        if trainer.world.is_first:
-            kept[name] = tensor.to("cpu", dtype).contiguous()
-    return kept
-
-
-def _write_model(directory: Path, config: PreTrainedConfig, state: dict[str, Tensor], source: Path) -> None:
-    directory.mkdir(parents=True)
-    config.save_pretrained(directory)
-    shards = split_torch_state_dict_into_shards(state)
+def _write_weights(files: TensorFiles, directory: Path, module: nn.Module, dtype: torch.dtype) -> None:
+    """All ranks: the module's parameters, in as many files as their size asks for."""
+    named = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in named.items()}
+    shards = split_torch_state_dict_into_shards(sizes)
     for name, keys in shards.filename_to_tensors.items():
-        save_file({key: state[key] for key in keys}, directory / name, metadata={"format": "pt"})
-    if shards.is_sharded:
-        import json
-
+        files.write(directory / name, [(key, named[key]) for key in keys], dtype=dtype, metadata={"format": "pt"})
+    if shards.is_sharded and files.world.is_first:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        with files.attempt():
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for path in source.glob(pattern):
             if path.is_file():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from orz_async.errors import CheckpointError, NumericError
-from orz_async.learner.parallel import full_tensor, like
+from orz_async.learner import loading
+from orz_async.learner.parallel import full_tensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -104,24 +105,30 @@ class Optimizer:
             for moment in _MOMENTS:
                 state[moment] = state[moment].to(where(parameter))
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All ranks, exhausting it: moments and step counts, whole; nothing before the first step."""
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Moments, sharded as they are, and step counts; nothing before the first step."""
         for name, parameter in self._named.items():
             state = self._adam.state.get(parameter)
             if state:
                 yield f"step.{name}", state["step"]
                 for moment in _MOMENTS:
-                    yield f"{moment}.{name}", full_tensor(state[moment])
+                    yield f"{moment}.{name}", state[moment]
 
-    def load(self, full: dict[str, Tensor]) -> None:
-        """Inverse of `full_state`, onto any number of ranks."""
+    @torch.no_grad()
+    def load(self, file: Any) -> None:
+        """Inverse of `state`, onto any number of ranks: this rank's rows of an open safetensors file."""
+        found = set(file.keys())
         wanted = {f"{kind}.{name}" for kind in ("step", *_MOMENTS) for name in self._named}
-        if full and full.keys() != wanted:
+        if found and found != wanted:
             raise CheckpointError(
                 f"{self.name} optimizer: expected the states of {len(self._named)} parameters, found other names: "
-                f"{sorted(full.keys() ^ wanted)[:4]}; the checkpoint belongs to another model"
+                f"{sorted(found ^ wanted)[:4]}; the checkpoint belongs to another model"
             )
-        for name, parameter in self._named.items() if full else ():
-            self._adam.state[parameter] = {"step": full[f"step.{name}"].clone()} | {
-                moment: like(full[f"{moment}.{name}"], parameter).clone() for moment in _MOMENTS
-            }
+        for name, parameter in self._named.items() if found else ():
+            state = {"step": file.get_tensor(f"step.{name}")}
+            for moment in _MOMENTS:
+                state[moment] = torch.empty_like(parameter)
+                loading.copy_slice(state[moment], file.get_slice(f"{moment}.{name}"))
+                if self._offload:
+                    state[moment] = state[moment].cpu()
+            self._adam.state[parameter] = state

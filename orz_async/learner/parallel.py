@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from orz_async.errors import ConfigError, PeerLostError
@@ -167,6 +167,35 @@ class World:
         with _peers(self.rank, "give its part of a vector"):
             dist.all_gather(rows, vector, group=self._control)
         return rows
+
+    def shards(self, tensor: Tensor) -> Iterator[Tensor]:
+        """All ranks, exhausting it: rank 0 gets the parts of a sharded tensor in the order of their rows, one at a time
+        and on its own device; the others get nothing, and hold nothing more. Of any other tensor rank 0 gets it."""
+        if not isinstance(tensor, DTensor):
+            if self.is_first:
+                yield tensor
+            return
+        local = tensor.to_local()
+        if self.is_first:
+            yield local
+        assert tensor.placements[-1] == Shard(0), "FSDP2 shards the first dimension"
+        # The copy of the weights that rank 0 belongs to; its ranks hold equal numbers of rows, but for the last ones.
+        copy = tensor.device_mesh.mesh.reshape(-1, tensor.device_mesh.mesh.shape[-1])[0].tolist()
+        total, most = tensor.shape[0], -(-tensor.shape[0] // len(copy))
+        group = self._control if local.device.type == "cpu" else None
+        for place, rank in enumerate(copy):
+            rows = min(most, total - place * most)
+            if rank == 0 or rows <= 0:
+                continue
+            if rank == self.rank:
+                with _peers(self.rank, "take its shard"):
+                    dist.send(local.contiguous(), dst=0, group=group)
+            elif self.is_first:
+                part = local.new_empty(rows, *tensor.shape[1:])
+                with _peers(self.rank, "give its shard"):
+                    dist.recv(part, src=rank, group=group)
+                yield part
+                del part  # before the next one is given memory
 
     def shard(
         self, module: nn.Module, layers: nn.ModuleList, *, dtype: torch.dtype, ranks: int = 0, recompute: bool = False

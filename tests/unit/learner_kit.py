@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from orz_async.config import BrokerConfig, CheckpointConfig, Config, EvalConfig, LearnerConfig, ModelConfig
 from orz_async.learner.batch import make_microbatch, make_step_batch
@@ -189,3 +194,44 @@ def sampled_by(policy: Policy, made: list[Trajectory], *, noise: float) -> list[
 
 def changed(base: Config, **learner: Any) -> Config:
     return dataclasses.replace(base, learner=dataclasses.replace(base.learner, **learner))
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.ref[Any]] = {}
+
+    def note(self, tensors: Any) -> None:
+        tree_map_only(Tensor, self._note, tensors)
+
+    def grown(self, tensors: list[Tensor], act: Callable[[], object]) -> int:
+        """The most bytes that lived during `act` beside `tensors`."""
+        self.note(tensors)
+        before = self.peak = self.now
+        with self:
+            act()
+        return self.peak - before
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        known = self.alive.get(key)
+        if not size or tensor.is_meta or (known is not None and known() is storage):
+            return
+
+        def gone(ref: Any) -> None:
+            self.now -= size
+            if self.alive.get(key) is ref:
+                del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.note(out)
+        return out

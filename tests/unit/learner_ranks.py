@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,22 @@ def from_start(case: str, folder: Path, world: World) -> dict[str, Any]:
     told = train(trainer, case, range(STEPS))
     modules = [m for m in (trainer.policy, trainer.critic) if m is not None]
     state = [t.flatten().clone() for m in modules for _, t in full_parameters(m)]
-    checkpoint.save(trainer, run_dir=run_dir(case, folder, world.size), identity=Identity("run", 1), ledger=b"ledger")
-    export(trainer, source=folder / "model", target=folder / f"{case}-export{world.size}")
-    return {"told": told, "weights": torch.cat(state).tolist()}
+    return {"told": told, "weights": torch.cat(state).tolist(), "held": write(trainer, case, folder)}
+
+
+def write(trainer: Trainer, case: str, folder: Path) -> dict[str, int]:
+    """Save and export; the most bytes that lived meanwhile beside this rank's shards, and what to compare them with."""
+    world, modules = trainer.world, [m for m in (trainer.policy, trainer.critic) if m is not None]
+    optimizers = [o for o in (trainer.policy_optimizer, trainer.critic_optimizer) if o is not None]
+    own = [p.detach() for m in modules for p in m.parameters()] + [t for o in optimizers for _, t in o.state()]
+    folder_of_run, ledger = run_dir(case, folder, world.size), b"ledger"
+    saved = kit.Peak().grown(
+        own, lambda: checkpoint.save(trainer, run_dir=folder_of_run, identity=Identity("run", 1), ledger=ledger)
+    )
+    target = folder / f"{case}-export{world.size}"
+    exported = kit.Peak().grown(own, lambda: export(trainer, source=folder / "model", target=target))
+    largest = max(t.nbytes for t in own)
+    return {"save": saved, "export": exported, "tensor": largest, "random": world.size * torch.get_rng_state().nbytes}
 
 
 def run_dir(case: str, folder: Path, size: int) -> Path:
@@ -99,28 +114,20 @@ def resumed(case: str, folder: Path, world: World, source: int) -> dict[str, Any
     found = checkpoint.find(run_dir(case, folder, source))
     assert found is not None
     assert found.manifest.world == source
-    checkpoint.restore(trainer, found.path)
-    return {"told": train(trainer, case, RESUMED)}
+    with counted_reads() as reads:
+        checkpoint.restore(trainer, found.path)
+    return {"read": sum(reads.values()), "told": train(trainer, case, RESUMED)}
 
 
 def from_files(folder: Path, world: World) -> dict[str, Any]:
     """The base model straight into shards: what rank 0 gathers, and what each rank read of each tensor."""
-    reads: dict[str, int] = {}
-    copy_slice = loading.copy_slice
-
-    def counted(parameter: torch.Tensor, stored: Any) -> None:
-        copy_slice(parameter, Counted(stored, reads, str(tuple(parameter.shape))))
-
-    loading.copy_slice = counted
-    try:
+    with counted_reads() as reads:
         directory = inspect(folder / "model")
         policy, critic = meta_models(directory, seed=1)
         assert critic is not None
         for module in (policy, critic):
             world.shard(module, module.layers, dtype=torch.bfloat16, ranks=2 if world.size == 4 else 0)
         load_models(policy, critic, directory)
-    finally:
-        loading.copy_slice = copy_slice
     whole = dict(kit.random_causal_lm().named_parameters())
     equal = all(torch.equal(t, whole[name]) for name, t in full_parameters(policy))
     score = dict(full_parameters(critic))["score.weight"].tolist()
@@ -130,6 +137,22 @@ def from_files(folder: Path, world: World) -> dict[str, Any]:
         "read": sum(reads.values()),
         "whole": sum(p.numel() for p in whole.values()),
     }
+
+
+@contextmanager
+def counted_reads() -> Iterator[dict[str, int]]:
+    """Elements that this rank reads of weight and checkpoint files, by shape."""
+    reads: dict[str, int] = {}
+    copy_slice = loading.copy_slice
+
+    def counted(parameter: torch.Tensor, stored: Any) -> None:
+        copy_slice(parameter, Counted(stored, reads, str(tuple(parameter.shape))))
+
+    loading.copy_slice = counted
+    try:
+        yield reads
+    finally:
+        loading.copy_slice = copy_slice
 
 
 class Counted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from orz_async.config import Config, DataConfig, LearnerConfig, ModelConfig, SamplingConfig
 from orz_async.launcher.commands import dry_run
@@ -63,39 +60,6 @@ def sized(path: Path, size: tuple[int, ...]) -> Path:
     return path
 
 
-class Peak(TorchDispatchMode):
-    """Bytes of all storages that are alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, weakref.ref[Any]] = {}
-
-    def note(self, tensors: Any) -> None:
-        tree_map_only(torch.Tensor, self._note, tensors)
-
-    def _note(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        known = self.alive.get(key)
-        if not size or (known is not None and known() is storage):
-            return
-
-        def gone(ref: Any) -> None:
-            self.now -= size
-            if self.alive.get(key) is ref:
-                del self.alive[key]
-
-        self.alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.note(out)
-        return out
-
-
 def batch(sequences: int, prompt: int, response: int) -> list[Any]:
     rng = np.random.default_rng(0)
     return [
@@ -133,7 +97,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(
     step = trainer.begin(rollouts)  # the optimizers get their moments first: the peak is that of a later step
     trainer.update_policy(step)
     trainer.update_critic(step)
-    tracker = Peak()
+    tracker = kit.Peak()
     for module in (policy, trainer.critic):
         tracker.note(list(module.parameters()))
     for optimizer in (trainer.policy_optimizer, trainer.critic_optimizer):

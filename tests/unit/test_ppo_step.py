@@ -296,7 +296,7 @@ def test_float32_step_is_close_to_float64(model_path: Path, variant: str) -> Non
         policy, _ = trainer.update_policy(step)
         critic = trainer.update_critic(step)
         moments = [
-            torch.cat([m.flatten().double() for name, m in optimizer.full_state() if name.startswith("exp_avg.")])
+            torch.cat([m.flatten().double() for name, m in optimizer.state() if name.startswith("exp_avg.")])
             for optimizer in (trainer.policy_optimizer, trainer.critic_optimizer)
         ]
         found.append((torch.tensor(policy.losses + critic.losses, dtype=torch.float64), *moments))
