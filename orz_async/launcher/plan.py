@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -47,20 +46,12 @@ def describe(config: Config, ranks: int) -> list[str]:
     told += lines(f"Memory of each of {ranks} learner ranks", learner_memory(config, shape, ranks=ranks))
     width = 2 if config.model.dtype == "bfloat16" else 4
     told += lines("Memory of each generator (over its GPUs)", generator_memory(config, shape, width=width))
+    if not (Path(config.model.path) / "config.json").is_file():
+        return [*told, "Model: not there yet, counted by arithmetic from its name"]
+    # Imported here: torch takes seconds, and everything above needs none of it.
+    from orz_async.learner.census import census
+
     try:
-        return told + count_weights(config, shape)
+        return told + census(Path(config.model.path), with_critic=config.learner.estimator == "gae")
     except OrzError as error:
         return [*told, f"Model directory: {error}"]
-
-
-def count_weights(config: Config, shape: Shape) -> list[str]:
-    """Compare the model with the headers of its weight files, where they are there; no torch needed."""
-    directory = Path(config.model.path)
-    if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
-        return []
-    from orz_async.learner.hf_directory import inspect
-
-    shapes = inspect(directory).shapes
-    counted = sum(math.prod(size) for name, size in shapes.items() if not (shape.tied and name == "lm_head.weight"))
-    agrees = "as config.json says" if counted == shape.policy else f"NOT the {shape.policy:,} of config.json"
-    return [f"Weight files: {counted:,} parameters, {agrees}"]

@@ -22,7 +22,7 @@ The way of one step through the folder::
        │            parallel.py     ranks: messages, sums, keepalive, FSDP2
        │
     alarms.py, kept.py                       what is alarming, and lowers S; rollouts of a step that went wrong
-    memory.py                                memory of a GPU by part, without torch
+    memory.py                                memory of a GPU by part, without torch; census.py: parameters, with it
     lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
     sample.py                                a few rollouts of a step token by token, whichever rank trained them
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files

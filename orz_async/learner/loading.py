@@ -102,18 +102,8 @@ def copy_slice(parameter: Tensor, stored: Any) -> None:
 
 def match(parameters: Mapping[str, Tensor], directory: ModelDirectory) -> dict[str, str]:
     """Parameter name -> its name in the files, which may have been saved without the language model's head."""
-    keys: dict[str, str] = {}
-    wrong = []
-    for name, parameter in parameters.items():
-        key = next((k for k in (name, name.removeprefix("model.")) if k in directory.shapes), None)
-        if key is None:
-            wrong.append(f"{name} is missing")
-        elif directory.shapes[key] != tuple(parameter.shape):
-            wrong.append(f"{name} has shape {directory.shapes[key]} instead of {tuple(parameter.shape)}")
-        else:
-            keys[name] = key
-    spare = [k for k in directory.shapes.keys() - set(keys.values()) if not k.endswith(_IGNORED)]
-    wrong += [f"{key} belongs to no layer" for key in sorted(spare) if "layers." in key]
+    keys, wrong, spare = differences(parameters, directory)
+    wrong += [f"{key} belongs to no layer" for key in spare if "layers." in key]
     if wrong:
         told = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ModelError(
@@ -121,3 +111,23 @@ def match(parameters: Mapping[str, Tensor], directory: ModelDirectory) -> dict[s
             "weights belong to different models, or files are missing"
         )
     return keys
+
+
+def differences(
+    parameters: Mapping[str, Tensor], directory: ModelDirectory
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """(parameter name -> its name in the files, what is missing or has another shape, names that nobody asked for)."""
+    keys: dict[str, str] = {}
+    wrong = []
+    spare = set(directory.shapes)
+    for name, parameter in parameters.items():
+        key = next((k for k in (name, name.removeprefix("model.")) if k in directory.shapes), None)
+        if key is None:
+            wrong.append(f"{name} is missing")
+            continue
+        spare.discard(key)
+        if directory.shapes[key] != tuple(parameter.shape):
+            wrong.append(f"{name} has shape {directory.shapes[key]} instead of {tuple(parameter.shape)}")
+        else:
+            keys[name] = key
+    return keys, wrong, sorted(key for key in spare if not key.endswith(_IGNORED))
