@@ -9,7 +9,7 @@ import msgspec
 from orz_async.config import Config
 from orz_async.errors import OrzError
 from orz_async.learner.base_plan import PLANS
-from orz_async.learner.memory import QWEN25, Shape, generator_memory, learner_memory, lines
+from orz_async.learner.memory import QWEN25, Shape, generator_memory, learner_peak, lines
 
 
 def files(config: Config) -> list[str]:
@@ -43,7 +43,8 @@ def describe(config: Config, ranks: int) -> list[str]:
     if shape is None:
         return [*told, f"Memory: unknown, no readable {config.model.path}/config.json"]
     told.append(f"Model: {shape.policy:,} parameters, critic {shape.critic:,}")
-    told += lines(f"Memory of each of {ranks} learner ranks", learner_memory(config, shape, ranks=ranks))
+    phase, parts = learner_peak(config, shape, ranks=ranks)
+    told += lines(f"Memory of each of {ranks} learner ranks, at most in the {phase}", parts)
     width = 2 if config.model.dtype == "bfloat16" else 4
     told += lines("Memory of each generator (over its GPUs)", generator_memory(config, shape, width=width))
     if not (Path(config.model.path) / "config.json").is_file():

@@ -128,28 +128,41 @@ def head_bytes(shape: Shape, response_tokens: int, *, width: int) -> int:
     return 4 * rows * shape.vocab + 2 * width * response_tokens * shape.hidden + 4 * shape.embedding + wide_copy
 
 
-def learner_memory(config: Config, shape: Shape, *, ranks: int) -> dict[str, int]:
-    """Bytes by part on each GPU of the learner at its peak, the policy's or the critic's backward pass."""
+def learner_phases(config: Config, shape: Shape, *, ranks: int) -> dict[str, dict[str, int]]:
+    """Bytes by part on each GPU of the learner, in each phase of a step that can be its peak.
+
+    What is offloaded is on the device all the same while it is used: the critic while it trains, the moments of policy
+    or critic in its optimizer's step. Only there, but there is nothing of the activations left.
+    """
     learner = config.learner
     shards = learner.shard_ranks or ranks
     width = 2 if config.model.dtype == "bfloat16" else 4
-    sharded = ranks > 1 or width == 2
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     tokens = max(learner.max_tokens, longest)
-    critic = shape.critic if learner.estimator == "gae" else 0
-    parts = {
-        "policy weights": 4 * shape.policy // shards,
-        "policy gradients": 4 * shape.policy // shards,
-        "policy optimizer": 0 if learner.offload_optimizer else 8 * shape.policy // shards,
-        "critic weights": 0 if learner.offload_critic else 4 * critic // shards,
-        "critic optimizer": 0 if learner.offload_optimizer else 8 * critic // shards,
-        "activations": activation_bytes(shape, tokens, width=width, recompute=learner.activation_checkpointing),
-        "head scratch": head_bytes(shape, tokens, width=width),
-    }
-    if sharded:
+    sizes = {"policy": shape.policy} | ({"critic": shape.critic} if learner.estimator == "gae" else {})
+    kept = activation_bytes(shape, tokens, width=width, recompute=learner.activation_checkpointing)
+    gathered: dict[str, int] = {}
+    if ranks > 1 or width == 2:
         root = shape.policy - shape.layers * shape.layer
-        parts["gathered layers"] = width * (root + 2 * shape.layer) + width * shape.layer
-    return parts
+        gathered["gathered layers"] = width * (root + 2 * shape.layer) + width * shape.layer
+    phases: dict[str, dict[str, int]] = {}
+    for owner, size in sizes.items():
+        resident: dict[str, int] = {}
+        for name, other in sizes.items():
+            away = name == "critic" and name != owner and learner.offload_critic
+            resident[f"{name} weights"] = 0 if away else 4 * other // shards
+            resident[f"{name} optimizer"] = 0 if learner.offload_optimizer else 8 * other // shards
+        resident[f"{owner} gradients"] = 4 * size // shards
+        head = {"head scratch": head_bytes(shape, tokens, width=width)} if owner == "policy" else {}
+        phases[f"{owner}'s backward pass"] = resident | {"activations": kept} | head | gathered
+        phases[f"{owner}'s optimizer step"] = resident | {f"{owner} optimizer": 8 * size // shards}
+    return phases
+
+
+def learner_peak(config: Config, shape: Shape, *, ranks: int) -> tuple[str, dict[str, int]]:
+    """The phase that needs most, and its bytes by part."""
+    phases = learner_phases(config, shape, ranks=ranks)
+    return max(phases.items(), key=lambda phase: sum(phase[1].values()))
 
 
 def generator_memory(config: Config, shape: Shape, *, width: int = 2) -> dict[str, int]:

@@ -24,23 +24,33 @@ class Memory:
 
 
 def learner_memory(shape: Shape, config: Config, gpus: int) -> Memory:
-    """Of one of `gpus` learner ranks. Master weights, gradients and Adam's two moments are float32 and sharded."""
+    """Of one of `gpus` learner ranks at its peak. Master weights, gradients and Adam's two moments are float32 and
+    sharded; policy and critic have their gradients one after the other.
+
+    Offloaded moments are on the device during the optimizer's step, when the activations are gone: the larger of the
+    two phases is the peak.
+    """
+    learner = config.learner
     element = 2 if config.model.dtype == "bfloat16" else 4
+    shards = learner.shard_ranks or gpus
     params = shape.params + shape.critic_params
-    tokens = max(config.learner.max_tokens, config.data.max_prompt_tokens + config.sampling.max_new_tokens)
+    tokens = max(learner.max_tokens, config.data.max_prompt_tokens + config.sampling.max_new_tokens)
     # What a layer keeps for its backward pass: two norms in and out, residuals, attention in and out; q, k, v; the
-    # gated MLP's three products. The layers' outputs are not recomputed.
+    # gated MLP's three products. When layers are computed again, only one has all of it, the others their inputs.
     kept = 6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 4 * shape.intermediate
+    layers = shape.layers * shape.hidden + kept if learner.activation_checkpointing else shape.layers * kept
     gathered = 2 * shape.layer_params * element if gpus > 1 else 0
-    return Memory(
-        {
-            "weights": 4 * params / gpus / GIB,
-            "gradients": 4 * params / gpus / GIB,
-            "optimizer": 8 * params / gpus / GIB,
-            "activations": (tokens * shape.layers * kept * element + gathered) / GIB,
+    held = {"weights": 4 * params / shards / GIB, "gradients": 4 * shape.params / shards / GIB}
+    backward = Memory(
+        held
+        | {
+            "optimizer": 0.0 if learner.offload_optimizer else 8 * params / shards / GIB,
+            "activations": (tokens * layers * element + gathered) / GIB,
             "head": 2 * 4 * min(HEAD_CHUNK_ELEMENTS, tokens * shape.vocab) / GIB,
         }
     )
+    step = Memory(held | {"optimizer": 8 * shape.params / shards / GIB, "activations": 0.0, "head": 0.0})
+    return max(backward, step, key=lambda memory: memory.total)
 
 
 def generator_memory(shape: Shape, config: Config, gpus: int, context: float) -> Memory:

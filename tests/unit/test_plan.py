@@ -10,7 +10,7 @@ import pytest
 
 from orz_async.broker.segments import encode_header, encode_record, name_of
 from orz_async.cli import dispatch
-from orz_async.config import BrokerConfig, Config, EvalConfig, GeneratorConfig
+from orz_async.config import BrokerConfig, Config, EvalConfig, GeneratorConfig, LearnerConfig
 from orz_async.config_toml import to_toml
 from orz_async.errors import ConfigError, ModelError
 from orz_async.records import Span, Trajectory, float32_bytes, int32_bytes
@@ -104,6 +104,10 @@ def test_sizes_of_known_models() -> None:
     seven = KNOWN["7b"]
     assert seven.kv_bytes(2) == 2 * 28 * 4 * 128 * 2
     assert learner_memory(seven, Config(), 8).parts["optimizer"] == pytest.approx(2 * 8 * 7.3e9 / 8 / 2**30, rel=0.05)
+    away = Config(learner=LearnerConfig(offload_optimizer=True, activation_checkpointing=True, max_tokens=16384))
+    step = learner_memory(seven, away, 1).parts
+    assert (step["optimizer"], step["activations"]) == (pytest.approx(8 * seven.params / 2**30), 0.0)
+    assert learner_memory(seven, away, 64).parts["optimizer"] == 0.0, "there the backward pass needs more"
     spread = generator_memory(seven, Config(), 4, context=1000.0)
     assert spread.total == pytest.approx(generator_memory(seven, Config(), 1, context=1000.0).total / 4)
 
