@@ -45,6 +45,11 @@ def follow(trainer: Trainer, timeline: Timeline, *, run_dir: Path) -> None:
     consumes  Message from rank 0   waits for  rank 0, which sends a keepalive while it waits for something itself
     ends      on END, or with the error of a collective if rank 0 is gone
     """
+    with trainer.world.told():
+        _follow(trainer, timeline, run_dir)
+
+
+def _follow(trainer: Trainer, timeline: Timeline, run_dir: Path) -> None:
     nobody = Identity(run_id="", epoch=0)
     while True:
         try:

@@ -63,13 +63,14 @@ class Learner:
         self.services.timeline.enter("other")
         self._reported = self.services.timeline.totals()
         try:
-            self.publish(self.trainer.num_steps)
-            while self.trainer.num_steps < self.config.steps:
-                self.learn(self.take())
-                if self.trainer.num_steps % self.config.checkpoint.every == 0:
-                    self.save()
-                self.collect_evaluations()
-            self.finish()
+            with self.trainer.world.told():
+                self.publish(self.trainer.num_steps)
+                while self.trainer.num_steps < self.config.steps:
+                    self.learn(self.take())
+                    if self.trainer.num_steps % self.config.checkpoint.every == 0:
+                        self.save()
+                    self.collect_evaluations()
+                self.finish()
         except Interrupted:
             self.save()
             self.trainer.world.send(Command.END)

@@ -21,17 +21,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from orz_async.errors import ConfigError, PeerLostError
+from orz_async.errors import ConfigError, OutOfMemoryError, PeerLostError
 from orz_async.learner.loading import materialise
 
 KEEPALIVE = 0
 """Message kind that `receive` passes over; users number theirs from 1."""
 
 _MAX_MESSAGE_BYTES = 1 << 36
+_OUT_OF_MEMORY = "orz_async/out of memory"
+"""Key in the store of the process group, which torchrun keeps: it outlives a rank."""
 KEEPALIVE_PERIOD_S = 5.0
 TIMEOUT_S = 600.0
 """Of any collective: far above a keepalive period and a checkpoint, so that it only ends a wait for a dead rank."""
@@ -51,6 +54,11 @@ def _peers(rank: int, what: str) -> Iterator[None]:
         raise PeerLostError(
             f"rank {rank} expected every rank to {what} within {TIMEOUT_S:g} s, found one gone: {error}"
         ) from error
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """A peer that is gone, as FSDP2's own collectives tell it: they raise what torch.distributed raises, as it is."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 class World:
@@ -94,6 +102,37 @@ class World:
         if self._control is not None:
             self._control = None
             dist.destroy_process_group()
+
+    def announce(self, why: str) -> None:
+        """Any rank, before it ends because it is out of memory: the others are in a collective that it leaves, and find
+        this note when that fails."""
+        if self.size > 1:
+            _get_default_store().set(_OUT_OF_MEMORY, f"rank {self.rank}: {why}")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """All ranks, around work with collectives of torch's own: one that fails is what a rank announced, or a lost
+        peer. Any other error passes as it is."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.size == 1 or not _is_of_a_collective(error):
+                raise
+            if why := self._announced():
+                raise OutOfMemoryError(why) from error
+            raise PeerLostError(
+                f"rank {self.rank} expected every rank to live through a step, found one gone: {error}; its log says "
+                "why it ended. The last checkpoint and the journal are whole: the same command goes on from there"
+            ) from error
+
+    def _announced(self) -> str:
+        store = _get_default_store()
+        try:
+            return str(store.get(_OUT_OF_MEMORY).decode()) if store.check([_OUT_OF_MEMORY]) else ""
+        except RuntimeError:  # the store was in the process that is gone
+            return ""
 
     def send(self, kind: int, payload: bytes = b"") -> None:
         """Rank 0: give every other rank one message."""

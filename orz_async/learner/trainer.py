@@ -254,8 +254,11 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             found = str(error).partition("\n")[0]
             if self.world.size > 1:
-                # Another number of microbatches on one rank would leave the others waiting in their collectives.
-                raise OutOfMemoryError(_out_of_memory(self._max_tokens, found)) from error
+                # The others are in the collectives of this microbatch, layer by layer, and cannot be called out of them
+                # to agree on smaller ones: all ranks end, each with this reason.
+                why = _out_of_memory(self._max_tokens, found)
+                self.world.announce(why)
+                raise OutOfMemoryError(why) from error
             log.warning(
                 "out of memory in microbatches of %d tokens (%s): halved for the rest of this run, trying again",
                 self._max_tokens,

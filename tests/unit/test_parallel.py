@@ -21,21 +21,25 @@ from orz_async.learner.parallel import World
 SCRIPT = Path(learner_ranks.__file__)
 
 
-def start_ranks(folder: Path, size: int, *resume_from: int) -> list[dict[str, Any]]:
-    """Run `size` ranks to their end and give back what each of them wrote."""
+def spawn(script: Path, size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), *map(str, resume_from)],
-            env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(SCRIPT.parents[2])},
+            [sys.executable, str(script), *arguments],
+            env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(script.parents[2])},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(size)
     ]
+
+
+def start_ranks(folder: Path, size: int, *resume_from: int) -> list[dict[str, Any]]:
+    """Run `size` ranks to their end and give back what each of them wrote."""
+    processes = spawn(SCRIPT, size, str(folder), *map(str, resume_from))
     try:
         errors = [process.communicate(timeout=280)[1] for process in processes]
     finally:
@@ -135,3 +139,24 @@ def test_any_number_of_ranks_resumes(folder: Path, two: list[dict[str, Any]], fo
 
 def test_a_long_wait_of_rank_0_trips_no_timeout(two: list[dict[str, Any]]) -> None:
     assert two[1]["messages"] == {"waited": True, "kinds": [3, 4], "payloads": [True, True]}
+
+
+ENDINGS = {
+    "out of memory": ((13, 13), ("rank 1: expected a microbatch of 40 tokens to fit", "Tried to allocate 2 GiB")),
+    "killed": ((7, -9), ("expected every rank to live through a step, found one gone", "the same command goes on")),
+    "bug": ((7, 1), ("found one gone",)),
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_rank_that_ends_in_a_step_ends_all_with_the_reason(folder: Path, how: str) -> None:
+    """Rank 1 ends between two layers; rank 0, which waits in the next collective, says what happened."""
+    processes = spawn(SCRIPT.with_name("learner_endings.py"), 2, str(folder), how)
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes, words = ENDINGS[how]
+    assert tuple(process.returncode for process in processes) == codes, "\n".join(errors)
+    assert all(word in errors[0] for word in words), errors[0]
