@@ -3,5 +3,5 @@
 consumes  a Hugging Face directory (a model, or the export of a run), a file of problems
 produces  results per problem (JSONL) and a summary: avg@k and pass@k with confidence intervals
 
-statistics.py is the arithmetic, score.py samples and grades.
+score.py samples and grades; observe/estimates.py is the arithmetic.
 """

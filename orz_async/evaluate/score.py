@@ -13,7 +13,7 @@ from orz_async.data.source import load_prompts
 from orz_async.data.template import Template
 from orz_async.data.tokenizer import load_tokenizer
 from orz_async.errors import DataError, DiskError
-from orz_async.evaluate.statistics import average, best_of
+from orz_async.observe.estimates import average, best_of
 from orz_async.records import Lease, Prompt, Sampling
 from orz_async.reward.pool import GraderPool
 

@@ -25,6 +25,7 @@ The way of one step through the folder::
     memory.py                                memory of a GPU by part, without torch; census.py: parameters, with it
     lag_table.py, audit.py, report.py        what a step says of itself: by lag, engine against learner, the event
     sample.py                                a few rollouts of a step token by token, whichever rank trained them
+    evaluations.py                           what a held-out evaluation says: avg@k, pass@k, a row for each problem
     checkpoint.py, compatibility.py, durable.py     whole or absent; may this configuration continue it; atomic files
     hf_directory.py, export.py               from and to a Hugging Face directory
     tensor_file.py                           shards into files, none of them whole anywhere

@@ -27,12 +27,13 @@ from orz_async.errors import DiskError, Interrupted, NumericError, PeerLostError
 from orz_async.learner import checkpoint
 from orz_async.learner.alarms import Alarms
 from orz_async.learner.audit import Auditor
+from orz_async.learner.evaluations import evaluation_fields, write_rows
 from orz_async.learner.export import export
 from orz_async.learner.follower import Command, encode_rollouts
 from orz_async.learner.kept import keep, keeping
 from orz_async.learner.lag_table import LagTable
 from orz_async.learner.parallel import full_state
-from orz_async.learner.report import evaluation_fields, step_fields
+from orz_async.learner.report import step_fields
 from orz_async.learner.sample import sampled_members, token_sample
 from orz_async.learner.services import Services
 from orz_async.learner.step import Step
@@ -174,6 +175,7 @@ class Learner:
         trajectories = self.services.rollouts.evaluation(version, timeout_s)
         self._evaluating.remove(version)
         if trajectories:
+            write_rows(self.services.run_dir, version, trajectories)
             self.services.events.emit("eval", **evaluation_fields(version, trajectories))
 
     def save(self) -> None:

@@ -61,11 +61,6 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def evaluation_fields(version: int, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    accuracy = float(np.mean([t.reward for t in trajectories]))
-    return {"version": version, "accuracy": accuracy} | rollout_fields(trajectories)
-
-
 def calibration(step: Step) -> dict[str, list[float]]:
     """Response tokens in bins of the value the critic predicted: how many, sum of the values, sum of the returns."""
     values_R, returns_R = (x.detach().double().cpu().numpy() for x in (step.values_R, step.returns_R))

@@ -24,10 +24,14 @@ class Evaluation(msgspec.Struct, frozen=True):
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    """95 % interval of the accuracy (Wilson), treating the samples as independent."""
+    """95 % interval of the accuracy over problems; of one sample each, or of logs without it, Wilson's over samples."""
     length: float
     """Mean response length, tokens."""
     rollouts: int
+    samples: int = 1
+    """Of each problem: the k of avg@k, which the accuracy is."""
+    passes: dict[str, float] = {}
+    """pass@k, unbiased, by k: powers of two up to `samples`."""
 
 
 class Rollouts(msgspec.Struct, frozen=True):
@@ -124,6 +128,8 @@ def summarise(history: History, config: Config, config_hash: str) -> Summary:
 def evaluation(event: Event) -> Evaluation:
     accuracy, n = float(event.get("accuracy") or 0.0), int(event.get("rollouts") or 0)
     low, high = wilson(accuracy * n, n)
+    if average := event.get("avg"):
+        low, high = float(average["low"]), float(average["high"])
     return Evaluation(
         version=int(event["version"]),
         wall_s=float(event["wall_s"]),
@@ -132,6 +138,8 @@ def evaluation(event: Event) -> Evaluation:
         accuracy_high=high,
         length=float(event.get("length_mean") or 0.0),
         rollouts=n,
+        samples=int(event.get("samples") or 1),
+        passes={k: float(estimate["value"]) for k, estimate in (event.get("pass") or {}).items()},
     )
 
 

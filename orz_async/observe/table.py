@@ -18,7 +18,9 @@ def accuracy_line(summary: Summary) -> str:
         return "not evaluated"
     first, last = summary.evals[0], summary.evals[-1]
     interval = f"(95 % interval {last.accuracy_low:.3f} to {last.accuracy_high:.3f}, {last.rollouts} samples)"
-    return f"{first.accuracy:.3f} -> {last.accuracy:.3f} {interval}"
+    best = max(last.passes, key=int, default="1")
+    told = f", pass@{best} {first.passes.get(best, 0.0):.3f} -> {last.passes[best]:.3f}" if best != "1" else ""
+    return f"{first.accuracy:.3f} -> {last.accuracy:.3f} {interval}{told}"
 
 
 def length_line(summary: Summary) -> str:

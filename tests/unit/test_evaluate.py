@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from orz_async import cli
 from orz_async.data.char_tokenizer import write_tokenizer
 from orz_async.data.files import Problem, read_problems
-from orz_async.evaluate.statistics import average, best_of, interval, pass_at_k
 from orz_async.learner.base import new_model
+from orz_async.observe.estimates import average, best_of, interval, pass_at_k
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -11,6 +11,7 @@ const held = (name, bands) => state.runs.map((r, i) => ({label: many() ? `${r.na
 const byLag = (name) => Object.entries(run().by_lag).map(([lag, curves]) => ({label: `lag ${lag}`, colour: `--c${lag}`, x: run().series[state.axis], y: curves[name]}));
 const stack = (curves, tone) => Object.entries(curves).map(([name, y], i) => ({label: name.replace(/^wait_/, "waits for "), colour: tone ? tone(name, i) : `--c${i}`, x: run().series[state.axis], y}));
 
+const passes = (e) => Object.entries(e.passes ?? {}).filter(([k]) => k !== "1").map(([k, v]) => `; pass@${k} ${percent(v)}`).join("");
 const CAUSES = ["rollouts", "leases", "weights", "learner", "eval", "window", "leader", "load"];
 const WORK = ["--work", "--work2", "--work3"];
 function tones(states) {
@@ -29,7 +30,7 @@ function tiles() {
   const main = (causes) => { const [top] = Object.entries(causes).sort((a, b) => b[1] - a[1]); return top && top[1] >= 0.005 ? `mostly for ${top[0]}` : ""; };
   const reward = r.series.reward.at(-1);
   const rows = [
-    ["Held-out accuracy", last ? percent(last.accuracy) : "–", last ? `from ${percent(first.accuracy)}; 95 %: ${percent(last.accuracy_low)} to ${percent(last.accuracy_high)}` : "not evaluated"],
+    ["Held-out accuracy", last ? percent(last.accuracy) : "–", last ? `from ${percent(first.accuracy)}; 95 %: ${percent(last.accuracy_low)} to ${percent(last.accuracy_high)}${passes(last)}` : "not evaluated"],
     ["Reward, last step", plain(reward), r.series.reward.length ? `from ${plain(r.series.reward[0])}` : ""],
     ["Response length", last ? plain(last.length) : plain(r.series.length.at(-1)), first ? `tokens, from ${plain(first.length)}` : "tokens"],
     ["Steps", plain(s.steps), `of ${plain(r.planned_steps)}${s.finished ? ", finished" : ", not finished"}${s.restarts ? `, resumed ${s.restarts} times` : ""}`],
