@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attend.h"
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/dispatch.h"
@@ -317,6 +318,48 @@ void value_loss(const py::buffer& values, const py::buffer& old_values, const py
   orz::run_loss(loss, static_cast<int64_t>(count), out, sums);
 }
 
+// Rows of work for one thread at least: a row of the smallest models takes some microseconds.
+constexpr size_t kGrainRows = 16;
+
+void attend_slots(const py::buffer& query, const py::buffer& key, const py::buffer& value, const py::buffer& keys,
+                  const py::buffer& values, const py::buffer& positions, int64_t kv_heads, int64_t dim,
+                  int64_t max_tokens, double scale, int64_t window, const py::buffer& out, int64_t threads) {
+  if (kv_heads < 1 || dim < 1 || max_tokens < 1 || window < 0 || threads < 1)
+    throw std::invalid_argument("attend_slots: expected positive kv_heads, dim, max_tokens and threads, and a window of at least 0");
+  const View query_view(query, "query"), key_view(key, "key"), value_view(value, "value"), positions_view(positions, "positions");
+  const View keys_view(keys, "keys", true), values_view(values, "values", true), out_view(out, "out", true);
+  const size_t rows = positions_view.bytes() / sizeof(int64_t);
+  const size_t row = static_cast<size_t>(kv_heads) * static_cast<size_t>(dim);
+  const size_t slot = row * static_cast<size_t>(max_tokens);
+  const size_t slots = keys_view.bytes() / (slot * sizeof(float));
+  const size_t group = rows == 0 ? 1 : query_view.bytes() / (rows * row * sizeof(float));
+  const orz::attend::Args args{
+      query_view.array<float>(rows * row * group),
+      key_view.array<float>(rows * row),
+      value_view.array<float>(rows * row),
+      keys_view.array<float>(slots * slot),
+      values_view.array<float>(slots * slot),
+      positions_view.array<int64_t>(rows),
+      out_view.array<float>(rows * row * group),
+      static_cast<size_t>(kv_heads),
+      group,
+      static_cast<size_t>(max_tokens),
+      static_cast<size_t>(dim),
+      scale,
+      static_cast<size_t>(window),
+  };
+  if (rows > slots || group == 0)
+    throw std::invalid_argument("attend_slots: expected at most " + std::to_string(slots) + " rows of at least " +
+                                std::to_string(kv_heads) + " heads, found " + std::to_string(rows));
+  for (size_t r = 0; r < rows; ++r)
+    if (args.positions[r] < 0 || args.positions[r] >= max_tokens)
+      throw std::invalid_argument("positions: expected 0 to " + std::to_string(max_tokens - 1) + ", found " +
+                                  std::to_string(args.positions[r]) + " in row " + std::to_string(r));
+  const py::gil_scoped_release release;
+  orz::parallel_ranges(rows, static_cast<size_t>(threads), kGrainRows,
+                       [&](size_t begin, size_t end) { orz::attend::decode(args, begin, end); });
+}
+
 std::vector<std::string> features() {
   std::vector<std::string> names;
   if (orz::has_sse42()) names.emplace_back("sse4.2");
@@ -346,5 +389,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("slopes"), py::arg("stats"));
   m.def("value_loss", &value_loss, py::arg("values"), py::arg("old_values"), py::arg("returns"),
         py::arg("mask").none(true), py::arg("denominator"), py::arg("clip"), py::arg("slopes"), py::arg("stats"));
+  m.def("attend_slots", &attend_slots, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("keys"),
+        py::arg("values"), py::arg("positions"), py::arg("kv_heads"), py::arg("dim"), py::arg("max_tokens"),
+        py::arg("scale"), py::arg("window"), py::arg("out"), py::arg("threads"));
   m.def("features", &features);
 }

@@ -88,5 +88,23 @@ def value_loss(
 ) -> None:
     """As policy_loss; `stats` in the order of ops.stats.VALUE_FIELDS."""
 
+def attend_slots(
+    query: Buffer,
+    key: Buffer,
+    value: Buffer,
+    keys: Buffer,
+    values: Buffer,
+    positions: Buffer,
+    kv_heads: int,
+    dim: int,
+    max_tokens: int,
+    scale: float,
+    window: int,
+    out: Buffer,
+    threads: int,
+) -> None:
+    """As ops.attend_slots: float32 [R, heads, dim], [R, kv_heads, dim] twice, the cache [slots, kv_heads, max_tokens,
+    dim] twice, int64 positions [R]; window 0: none. Fills `out`, shaped as `query`, and writes into the cache."""
+
 def features() -> list[str]:
     """Instruction sets this build uses on this machine."""

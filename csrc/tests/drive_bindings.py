@@ -74,6 +74,16 @@ def main(path: str) -> None:
     refused(core.delta_apply, old, payload[:-1], 2, 1)
     refused(core.delta_encode, new, old[:-1], 2, 1)
     refused(core.delta_encode, new, old, 3, 1)
+    q, k, cache = np.ones((3, 4, 8), np.float32), np.ones((3, 2, 8), np.float32), np.ones((5, 2, 16, 8), np.float32)
+    at, out = np.array([0, 15, 7]), np.empty_like(q)
+    core.attend_slots(q, k, k, cache, cache.copy(), at, 2, 8, 16, 0.5, 0, out, 2)
+    assert (out == 1).all()
+    refused(core.attend_slots, q, k, k, cache, cache, at + 1, 2, 8, 16, 0.5, 0, out, 1)
+    refused(core.attend_slots, q, k, k, cache, cache, at - 1, 2, 8, 16, 0.5, 0, out, 1)
+    refused(core.attend_slots, q, k, k, cache[:2], cache[:2], at, 2, 8, 16, 0.5, 0, out, 1)
+    refused(core.attend_slots, q, k, k, cache, cache[1:], at, 2, 8, 16, 0.5, 0, out, 1)
+    refused(core.attend_slots, q, k[1:], k, cache, cache, at, 2, 8, 16, 0.5, 0, out, 1)
+    refused(core.attend_slots, q, k, k, cache, cache, at, 2, 8, 0, 0.5, 0, out, 1)
     print("csrc/tests: bindings passed", core.features())
 
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attend.h"
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/gae.h"
@@ -37,6 +38,39 @@ std::vector<float> normal(Rng& rng, size_t count, float scale = 1.0f) {
   std::vector<float> values(count);
   for (float& value : values) value = draw(rng);
   return values;
+}
+
+// Against sums in float64; with a window, grouped heads, and dims that end inside a vector.
+void test_attend() {
+  Rng rng(7);
+  const size_t rows = 3, kv_heads = 2, group = 2, max_tokens = 40;
+  const int64_t positions[rows] = {0, 39, 17};
+  for (size_t dim : {1u, 8u, 13u, 32u, 64u, 77u}) {
+    for (size_t window : {0u, 5u}) {
+      const size_t packed = rows * kv_heads * dim, cached = packed * max_tokens;
+      const std::vector<float> query = normal(rng, packed * group), key = normal(rng, packed), value = normal(rng, packed);
+      std::vector<float> keys = normal(rng, cached), values = normal(rng, cached), out(packed * group);
+      const double scale = 1.0 / std::sqrt(static_cast<double>(dim));
+      orz::attend::decode({query.data(), key.data(), value.data(), keys.data(), values.data(), positions, out.data(),
+                           kv_heads, group, max_tokens, dim, scale, window}, 0, rows);
+      for (size_t r = 0; r < rows; ++r)
+        for (size_t h = 0; h < kv_heads * group; ++h) {
+          const size_t slot = (r * kv_heads + h / group) * max_tokens, last = static_cast<size_t>(positions[r]);
+          const float* q = query.data() + (r * kv_heads * group + h) * dim;
+          std::vector<double> want(dim);
+          double total = 0.0;
+          for (size_t k = window != 0 && last + 1 > window ? last + 1 - window : 0; k <= last; ++k) {
+            double score = 0.0;
+            for (size_t d = 0; d < dim; ++d) score += static_cast<double>(q[d]) * keys[(slot + k) * dim + d];
+            const double weight = std::exp(score * scale);
+            total += weight;
+            for (size_t d = 0; d < dim; ++d) want[d] += weight * values[(slot + k) * dim + d];
+          }
+          for (size_t d = 0; d < dim; ++d)
+            CHECK(near(out[(r * kv_heads * group + h) * dim + d], want[d] / total, 1e-5));
+        }
+    }
+  }
 }
 
 void test_crc32c() {
@@ -263,6 +297,7 @@ void test_delta_against_forgeries() {
 }  // namespace
 
 int main() {
+  test_attend();
   test_crc32c();
   test_gae();
   test_pack();

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from orz_async import ops
 from orz_async.errors import ModelError
 from orz_async.generator.kv_cache import KEY_BUCKET, KVCache
 
@@ -55,14 +56,21 @@ class SlotBatch:
     num_decode: int
     positions_R: Tensor
     """Position of each decode row's token."""
-    num_keys: int
-    """Cache positions that all decode rows read, in place."""
-    stragglers: Tensor | None
-    """Rows with more: they read `num_keys_stragglers` from a copy, so that one long sequence does not make all read."""
-    num_keys_stragglers: int
+    places_R: NDArray[np.int64]
+    """The same on the host."""
     prefixes: Prefixes | None
+    _split: tuple[int, Tensor | None, int] | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _targets: dict[int, Tensor] = field(default_factory=dict)
+
+    def split(self) -> tuple[int, Tensor | None, int]:
+        """(cache positions that all decode rows read, in place; rows with more; how many those read, from a copy), so
+        that one long sequence does not make all read as much. Computed once a forward, where attention needs it."""
+        if self._split is None:
+            near, stragglers, far = split_keys(self.places_R)
+            device = self.positions_R.device
+            self._split = (near, torch.from_numpy(stragglers).to(device) if len(stragglers) else None, far)
+        return self._split
 
     def mask(self, num_keys: int, window: int | None) -> Tensor:
         """float32 [R, 1, 1, num_keys]: 0 where a decode token may look, -inf elsewhere. Computed once a forward."""
@@ -168,14 +176,20 @@ def _decode(heads: _Heads, keys: Tensor, values: Tensor, batch: SlotBatch, form:
     """Write one key and value a row, then attend to the cache of the row's slot. Returns [R, H, D]."""
     num_rows, num_heads, dim = heads.query.shape
     num_kv = heads.key.shape[1]
+    is_float32 = heads.query.dtype == keys.dtype == torch.float32
+    if keys.device.type == "cpu" and is_float32 and form.softcap is None and heads.value.shape[2] == dim:
+        positions, window = batch.positions_R, form.window
+        return ops.attend_slots(
+            heads.query, heads.key, heads.value, keys, values, positions, scale=form.scale, window=window
+        )
     targets = batch.targets(num_kv)
     keys.view(-1, dim).index_copy_(0, targets, heads.key.reshape(-1, dim))
     values.view(-1, values.shape[3]).index_copy_(0, targets, heads.value.reshape(-1, values.shape[3]))
     query = heads.query.reshape(num_rows, num_kv, num_heads // num_kv, dim)
-    near, far = batch.num_keys, batch.num_keys_stragglers
+    near, rows, far = batch.split()
     # Views, not copies: rows are packed at the front of the cache.
     out = _weigh(query, keys[:num_rows, :, :near], values[:num_rows, :, :near], batch.mask(near, form.window), form)
-    if (rows := batch.stragglers) is not None:
+    if rows is not None:
         mask = batch.mask(far, form.window)[rows]
         out[rows] = _weigh(query[rows], keys[rows, :, :far], values[rows, :, :far], mask, form)
     return out.view(num_rows, num_heads, values.shape[3])

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orz_async.generator.attention import Prefixes, SlotBatch, split_keys
+from orz_async.generator.attention import Prefixes, SlotBatch
 from orz_async.generator.kv_cache import KVCache
 
 _ROUND = 8
@@ -70,7 +70,6 @@ def pack_batch(
     def tensor(array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    near, stragglers, far = split_keys(decode_positions) if rows else (0, _NONE, 0)
     return Batch(
         tokens_1N=tensor(tokens_N)[None],
         positions_1N=tensor(positions_N)[None],
@@ -80,9 +79,7 @@ def pack_batch(
             cache=cache,
             num_decode=rows,
             positions_R=tensor(positions_N[:rows]),
-            num_keys=near,
-            stragglers=tensor(stragglers) if len(stragglers) else None,
-            num_keys_stragglers=far,
+            places_R=decode_positions,
             prefixes=_prefixes(starts_U, lengths_U, slots, source, device) if prefixes else None,
         ),
     )

@@ -20,6 +20,7 @@ from orz_async.ops.reference import head, moments, whiten
 from orz_async.ops.stats import PPO_FIELDS, VALUE_FIELDS
 
 __all__ = [
+    "attend_slots",
     "delta_apply",
     "delta_encode",
     "gae",
@@ -195,3 +196,33 @@ def delta_encode(new: NDArray[Any], old: NDArray[Any], threads: int) -> bytes:
 
 def delta_apply(words: NDArray[Any], payload: bytes, threads: int) -> None:
     _C.delta_apply(words, payload, words.itemsize, threads)
+
+
+def attend_slots(
+    query_RHD: Tensor,
+    key_RKD: Tensor,
+    value_RKD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions_R: Tensor,
+    scale: float,
+    window: int | None,
+    threads: int,
+) -> Tensor:
+    out_RHD = torch.empty(query_RHD.shape)
+    _C.attend_slots(
+        query_RHD.contiguous().numpy(),
+        key_RKD.contiguous().numpy(),
+        value_RKD.contiguous().numpy(),
+        keys.numpy(),
+        values.numpy(),
+        positions_R.numpy(),
+        keys.shape[1],
+        keys.shape[3],
+        keys.shape[2],
+        scale,
+        window or 0,
+        out_RHD.numpy(),
+        threads,
+    )
+    return out_RHD
