@@ -14,12 +14,14 @@ OLDER  := .cache/$(subst ==,-,$(TRITON_OLD))
 VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
+PEERS_VENV  ?= .venv-peers
+PEERS_STAMP := $(PEERS_VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) CMakeLists.txt setup.py pyproject.toml
 
 COMPILE_CHECK := $(BIN)/python kernels/compile_check.py --also $(OLDER)
 PYTEST := $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean vllm-dev test-vllm
+.PHONY: help dev demo test check chaos compile-check fuzz sanitize sim wheel-check bench clean vllm-dev test-vllm peers-dev
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +33,7 @@ help:
 	@echo "make compile-check  every GPU kernel to Hopper machine code with two Tritons and nvcc; a spill fails"
 	@echo "make vllm-dev  vLLM for CPUs into .venv-vllm (3.5 GB; a few minutes, once)"
 	@echo "make test-vllm install that, run the engine tests on both engines"
+	@echo "make peers-dev TRL for CPUs into .venv-peers, for python -m benchmarks.run peers"
 	@echo "make sanitize  C++ under address, undefined-behaviour and thread sanitizers"
 	@echo "make wheel-check    build a wheel (under 60 s), install it into an empty environment, use it"
 	@echo "make sim       the ledger in 1,000 simulated histories with faults, and with 10,000 generators"
@@ -77,6 +80,16 @@ $(VLLM_STAMP): .ci/vllm-requirements.txt .ci/vllm-wheel.txt pyproject.toml setup
 		"math-verify>=0.9,<0.10" "matplotlib>=3.9" "pytest>=9" "pytest-timeout>=2.4" "pybind11>=3.0" wheel
 	$(VLLM_BIN)/python -m pip install -q --no-deps --require-hashes -r .ci/vllm-wheel.txt
 	$(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+peers-dev: $(PEERS_STAMP)
+
+# The benchmark runs from here, so this package is not installed into it.
+$(PEERS_STAMP): benchmarks/peers-requirements.txt
+	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install -q --upgrade "pip>=25"
+	$(PEERS_VENV)/bin/python -m pip install -q $(TORCH)
+	$(PEERS_VENV)/bin/python -m pip install -q $(TORCH) -r benchmarks/peers-requirements.txt
 	touch $@
 
 # `timeout`: an engine that hangs must not hang a commit.

@@ -26,6 +26,7 @@ from orz_async.records import Prompt, as_int32
 from orz_async.reward.grade import Verdict, grade
 
 STOP = "</answer>"
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,10 +201,8 @@ def train(options: Options) -> Record:
                 found = clock.leave_out(lambda: evaluate(model, ours, heldout, options))
                 record.evals.append({"version": float(version), "wall_s": at} | found)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1.0 - (1.0 - options.lr_final) * step / options.steps
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=BETAS, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: fraction(step, options))
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
@@ -215,6 +214,11 @@ def train(options: Options) -> Record:
     )
     trainer.train()
     return record
+
+
+def fraction(step: int, options: Options) -> float:
+    """Of the learning rate, at an update: as `Schedule` of the learner has it without warm-up."""
+    return 1.0 - (1.0 - options.lr_final) * step / options.steps
 
 
 def settings(options: Options) -> dict[str, Any]:

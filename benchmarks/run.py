@@ -12,8 +12,9 @@ learning the demo at S = 0 to 8, both objectives, lambda, no critic, three seeds
 scale   the simulator: validated against three real runs, then 8 to 1,024 GPUs with assumed rates, and a figure
 demo    the demo with seeds 0, 1, 2: accuracy, length, mismatch, time (minutes)
 promises  simulated histories, the largest simulation, mutated frames, and `make chaos` (a quarter of an hour)
+peers   TRL's GRPO beside ours, on the demo and on long-tailed lengths: `make peers-dev` first (12 minutes)
 report  `orz report` on a small run and on one of eight million rollouts (minutes, gigabytes of temporary files)
-all     every suite but gpu, vllm and learning, one after the other
+all     every suite but gpu, vllm and learning, one after the other; peers where its environment exists
 
 `python -m benchmarks.vllm_demo --help`: the demo on vLLM daemons, one of which is killed, has a command of its own.
 
@@ -44,6 +45,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
     "promises": ("promises", "storm"),
     "vllm": ("vllm_engines",),
+    "peers": ("peers",),
 }
 """Suite -> its parts: modules of this folder with `run() -> list[Row]`. The suite gpu has a command of its own."""
 
@@ -78,6 +80,15 @@ def run_suite(
     return good
 
 
+def available() -> list[str]:
+    """The suites of `all`; peers is named where it cannot run."""
+    suites = [suite for suite in SUITES if suite != "vllm"]
+    if importlib.import_module("benchmarks.peers").available():
+        return suites
+    print("peers is left out: its environment is missing; `make peers-dev` makes it", flush=True)
+    return [suite for suite in suites if suite != "peers"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -108,7 +119,7 @@ def main() -> None:
         path = save("learning", rows, device=cpu_name(), out=options.out)
         print(table(rows), path, learning.draw(rows, path.with_suffix(".png")), sep="\n")
     else:
-        suites = [name for name in SUITES if name != "vllm"] if options.suite == "all" else [options.suite]
+        suites = available() if options.suite == "all" else [options.suite]
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:
             parser.error(f"no part of {options.suite}: {', '.join(sorted(unknown))}")
         # What the run of a part takes.
