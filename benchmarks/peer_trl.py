@@ -46,6 +46,8 @@ class Options:
     """0: never."""
     eval_prompts: int = 200
     threads: int = 2
+    microbatches: int = 1
+    """Padded batches that one update is computed in."""
 
 
 @dataclass(slots=True)
@@ -222,17 +224,15 @@ def fraction(step: int, options: Options) -> float:
 
 
 def settings(options: Options) -> dict[str, Any]:
-    """TRL's options: the objective of our recipe without a critic, and what is fastest for it on two cores.
-
-    One padded batch of all rollouts an update is faster here than several smaller ones, and one iteration over fresh
-    rollouts needs no second pass for old log-probs. No mixed precision, no checkpointing, no reference model.
-    """
+    """TRL's options: the objective of our recipe without a critic, and nothing that costs a CPU time for nothing: one
+    generation for each update, so that no second pass for old log-probs is needed; no mixed precision (slow here), no
+    checkpointing, no reference model, no reports."""
     return {
         "output_dir": "unused",
         "max_steps": options.steps,
         "seed": options.seed,
-        "per_device_train_batch_size": options.prompts * options.samples,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": options.prompts * options.samples // options.microbatches,
+        "gradient_accumulation_steps": options.microbatches,
         "num_generations": options.samples,
         "shuffle_dataset": False,
         "max_completion_length": options.max_new_tokens,
