@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import long_tail, peer_trl, peers
+from benchmarks import long_tail, peer_trl, peers, run
 from benchmarks.peer_trl import Clock, Options
 from orz_async.config import DataConfig
 from orz_async.data import digit_sum
@@ -155,7 +155,36 @@ def test_some_responses_of_the_long_tail_are_long() -> None:
     assert lengths[-1] <= long_tail.LONGEST + 30
 
 
-def test_without_its_environment_the_suite_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(peers, "PYTHON", tmp_path / "none")
+def test_without_its_environment_the_suite_says_so_and_all_leaves_it_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interpreter = tmp_path / "python"
+    monkeypatch.setattr(peers, "PYTHON", interpreter)
     with pytest.raises(SystemExit, match="make peers-dev"):
         peers.run()
+    assert run.available() == [suite for suite in run.SUITES if suite != "peers"]
+    assert "peers is left out" in capsys.readouterr().out
+    interpreter.touch()
+    assert run.available() == list(run.SUITES)
+
+
+def test_a_turn_for_which_there_is_no_time_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "python").touch()
+    monkeypatch.setattr(peers, "PYTHON", tmp_path / "python")
+    monkeypatch.setattr(peers, "LONG", tmp_path)
+    monkeypatch.setattr(peers, "ensure_base", lambda: None)
+    monkeypatch.setattr(peers, "BUDGET_S", 100.0)
+    now = [0.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+
+    def measured(task: peers.Task, seed: int, place: Path, side: str = peers.TRL) -> peers.Course:
+        now[0] += 18.0 if side == peers.TRL else 12.0
+        return course(1.0, 5)
+
+    monkeypatch.setattr(peers, "trl", measured)
+    monkeypatch.setattr(peers, "ours", measured)
+    rows = peers.run()  # two tasks of 42 s, then 12 s of the third go
+    notes = {(r["name"], r["variant"]): r["notes"] for r in rows if r["unit"] == "rollouts/s"}
+    assert notes["peers, demo", peers.GRPO]["missing"] == []
+    assert notes["peers, demo", peers.TRL]["missing"] == ["demo, trl, seed 1"]
+    assert notes["peers, long tail", peers.TRL]["missing"] == ["long tail, trl, seed 1"]
