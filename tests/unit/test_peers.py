@@ -72,7 +72,7 @@ def test_the_reward_is_our_rule(base: Path) -> None:
 def test_settings_are_those_of_the_recipe(base: Path) -> None:
     recipe, options = tiny_cpu(), Options(base=base, steps=80)
     trl = peer_trl.settings(options)
-    assert trl["per_device_train_batch_size"] == recipe.broker.rollouts_per_step
+    assert trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] == recipe.broker.rollouts_per_step
     assert trl["num_generations"] == recipe.broker.samples_per_prompt
     assert trl["max_completion_length"] == recipe.sampling.max_new_tokens
     assert trl["temperature"] == recipe.sampling.temperature == recipe.eval.temperature
@@ -152,7 +152,7 @@ def test_some_responses_of_the_long_tail_are_long() -> None:
     assert all(text.endswith(digit_sum.STOP) for text in texts)
     lengths = sorted(len(text) for text in long)
     assert lengths[len(lengths) // 2] > 80
-    assert lengths[-1] <= long_tail.LONGEST + 30
+    assert lengths[-1] <= long_tail.LONGEST + 40
 
 
 def test_without_its_environment_the_suite_says_so_and_all_leaves_it_out(
