@@ -35,7 +35,9 @@ BASE, LONG = Path("runs/base"), Path("runs/long_tail")
 BUDGET_S = 12 * 60.0
 TURNS = 2
 STEPS, WARM_STEPS, EVAL_EVERY = 60, 4, 5
+"""The first two are multiples of lag + 1: where generators have time to spare, our steps end in bursts of that many."""
 PROMPTS, SAMPLES = 32, 4
+MAX_LAG = 1
 TARGET = 0.9
 LR, LR_FINAL = 2e-4, 0.1
 
@@ -160,7 +162,7 @@ def ours(task: Task, seed: int, place: Path, side: str) -> Course:
         **OUR_PLACEMENT,
     }
     words = [str(word) for pair in settings.items() for word in pair]
-    one_run(place, 1, (*words, *(WITHOUT_CRITIC if side == GRPO else ())))
+    one_run(place, MAX_LAG, (*words, *(WITHOUT_CRITIC if side == GRPO else ())))
     history = read_history(place)
     return our_course(history.steps, history.evals)
 

@@ -88,6 +88,11 @@ def test_settings_are_those_of_the_recipe(base: Path) -> None:
     assert [peer_trl.fraction(step, options) for step in (0, 40, 79)] == [schedule.at(step) for step in (0, 40, 79)]
 
 
+def test_rates_are_over_whole_bursts() -> None:
+    assert tiny_cpu().broker.max_lag == peers.MAX_LAG
+    assert peers.WARM_STEPS % (peers.MAX_LAG + 1) == peers.STEPS % (peers.MAX_LAG + 1) == 0
+
+
 def test_evaluations_are_not_on_the_clock() -> None:
     times = iter([100.0, 103.0, 110.0, 111.0])
     clock = Clock(now=lambda: next(times))
