@@ -88,7 +88,7 @@ MEASURED = (
         "`python -m benchmarks.run scale`",
     ),
     Line("samples/s of a 7B, simulated, GPU rates assumed, S = 0 -> 1 -> 4", figures.scaling, SAME),
-    Line("of the samples/s of 64 GPUs without failures, S = 1, simulated", figures.failures, SAME),
+    Line("left of the same by failures, 64 GPUs, S = 1, simulated", figures.failures, SAME),
     Line(
         "rollouts/s of 8,192 tokens through the broker, 1 to 64 generators",
         figures.wire,
