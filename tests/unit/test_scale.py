@@ -82,8 +82,8 @@ def test_every_simulated_row_says_so_and_whose_rates_it_has() -> None:
 def test_the_suite_draws_its_figure_beside_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [r for kind in (scale_sweeps.strong, scale_sweeps.weak) for r in kind(workload(), sizes=(4,), lags=(0,))]
     rows = [r | {"name": r["name"] + ", assumed"} for r in rows]
-    monkeypatch.setattr(run, "measure", lambda *_: rows)
-    assert run.run_suite("scale", [], tmp_path / "scale.json", checked=False)
+    monkeypatch.setattr(run, "measure", lambda *_, **__: rows)
+    assert run.run_suite("scale", [], tmp_path / "scale.json", checked=False, settings={})
     assert len(read(tmp_path / "scale.json")["rows"]) == 2
     assert (tmp_path / "scale.svg").read_text() == scale_figure.figure(rows)
 
