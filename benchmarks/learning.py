@@ -99,28 +99,42 @@ def run(*, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS, only: tuple[str, 
     ]
 
 
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "ppo: clip around the policy that sampled": tuple(name for name in VARIANTS if name.endswith(", ppo")),
+    "decoupled: clip around the policy at the start of the step": tuple(
+        name for name in VARIANTS if name.endswith(", decoupled")
+    ),
+    "S = 0: lambda, no critic": ("S = 0, ppo", "S = 0, lambda 0.95", "S = 0, grpo"),
+}
+LINES = (("reward", "step", 1.0), ("reward", "training time, s", 1.0), ("length", "step", None))
+"""What is drawn against what, and the top of its axis."""
+
+
 def draw(rows: list[Row], path: Path | None = None) -> Path:
-    """Reward by step and by wall time, and length by step; a line is the mean over seeds."""
+    """An SVG: reward by step and by time, length by step; objectives side by side, a line is the mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "learning"  # the same rows, the same file
     from matplotlib import pyplot
 
-    path = path or RESULTS / "learning.png"
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    for made in rows:
-        means = mean_curves(made["notes"]["curves"])
-        style = "--" if "decoupled" in made["variant"] else "-"
-        for axis, x, y in zip(axes, (None, "seconds", None), ("reward", "reward", "length"), strict=True):
-            axis.plot(means[x] if x else range(1, len(means[y]) + 1), means[y], style, label=made["variant"])
-    for axis, x, y in zip(axes, ("step", "training time / s", "step"), ("reward", "reward", "tokens"), strict=True):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    path = path or RESULTS / "learning.svg"
+    means = {made["variant"]: mean_curves(made["notes"]["curves"]) for made in rows}
+    figure, axes = pyplot.subplots(len(LINES), len(COLUMNS), figsize=(15, 12), sharey="row", squeeze=False)
+    for column, (title, names) in enumerate(COLUMNS.items()):
+        for line, (what, against, top) in enumerate(LINES):
+            axis = axes[line][column]
+            for name in names:
+                if curve_of := means.get(name):
+                    x = curve_of["seconds"] if against != "step" else range(1, len(curve_of[what]) + 1)
+                    axis.plot(x, curve_of[what], label=name, linewidth=1.4)
+            axis.set(xlabel=against, ylabel=what if column == 0 else "", ylim=(0, top))
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(title, fontsize=10)
+        axes[0][column].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path
 

@@ -117,7 +117,7 @@ def main() -> None:
         steps, seeds = options.steps or learning.STEPS, tuple(range(options.seeds))
         rows = learning.run(steps=steps, seeds=seeds, only=tuple(options.only))
         path = save("learning", rows, device=cpu_name(), out=options.out)
-        print(table(rows), path, learning.draw(rows, path.with_suffix(".png")), sep="\n")
+        print(table(rows), path, learning.draw(rows, path.with_suffix(".svg")), sep="\n")
     else:
         suites = available() if options.suite == "all" else [options.suite]
         if unknown := set(options.only) - {part for suite in suites for part in SUITES[suite]}:
