@@ -57,6 +57,16 @@ def scale_block(results: Results) -> str:
     return f"![Simulated strong and weak scaling, GPU rates assumed](benchmarks/results/{image})\n"
 
 
+def learning_block(results: Results) -> str:
+    """The figure that the suite learning draws beside its result."""
+    try:
+        path, _ = results.file("learning")
+    except Absent:
+        return ""
+    image = path.with_suffix(".svg").name
+    return f"![Reward and length of the demo task at S = 0 to 8, by objective](benchmarks/results/{image})\n"
+
+
 def figures(results: Results) -> dict[Path, str]:
     """Every figure of the README, drawn from its rows."""
     drawn = {FIGURE: figure()}
@@ -70,6 +80,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo_block,
     "promises": lambda: readme_lines.promises(Results()),
     "scale": lambda: scale_block(Results()),
+    "learning": lambda: learning_block(Results()),
     "measured": lambda: readme_lines.measured(Results()),
 }
 
