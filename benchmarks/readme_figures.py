@@ -118,6 +118,11 @@ def mean(rows: Rows, variant: str) -> float:
     return fmean(fmean(curve) for curve in curves)
 
 
+def learner_step(r: Results) -> str:
+    rows = r.rows("cpu", "learner_step 128 rollouts")
+    return f"{1 / rows.ratio('bare arithmetic'):.2f} x; padded batches would take {rows.ratio('padded'):.2f} x"
+
+
 def histories(r: Results) -> str:
     rows = r.rows("promises", "ledger under simulated faults")
     return (

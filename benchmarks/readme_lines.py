@@ -80,6 +80,11 @@ MEASURED = (
         figures.learning,
         "`python -m benchmarks.run learning`, mean over seeds",
     ),
+    Line(
+        "a learner step against its forward, backward and optimizer alone",
+        figures.learner_step,
+        "`python -m benchmarks.run cpu --only learner_step`",
+    ),
     Line("ledger under simulated faults", figures.histories, f"{PROMISE}: `orz sim --seeds 1000`"),
     Line("10,000 generators, 100 steps of 8,192, simulated", figures.large, f"{PROMISE}: `orz sim --scale`"),
     Line(

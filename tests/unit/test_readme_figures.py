@@ -242,6 +242,13 @@ def test_figures_of_learning(tmp_path: Path) -> None:
     assert readme_figures.learning(Results(tmp_path)) == "S = 0: 0.600 / 0.400"
 
 
+def test_figures_of_the_learner_step(tmp_path: Path) -> None:
+    ratios = {"learner": 1.0, "bare arithmetic": 0.8, "padded": 2.0}
+    rows = [row("learner_step 128 rollouts", v, "ms", [1.0]) | {"ratio_to_first": x} for v, x in ratios.items()]
+    write(tmp_path, "cpu", rows)
+    assert readme_figures.learner_step(Results(tmp_path)) == "1.25 x; padded batches would take 2.00 x"
+
+
 def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert readme_lines.measured(results).count("\n") == 4
