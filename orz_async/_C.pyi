@@ -106,5 +106,44 @@ def attend_slots(
     """As ops.attend_slots: float32 [R, heads, dim], [R, kv_heads, dim] twice, the cache [slots, kv_heads, max_tokens,
     dim] twice, int64 positions [R]; window 0: none. Fills `out`, shaped as `query`, and writes into the cache."""
 
+def attend_packed_forward(
+    query: Buffer,
+    key: Buffer,
+    value: Buffer,
+    rows: Buffer,
+    ends: Buffer,
+    owned: Buffer,
+    kv_heads: int,
+    dim: int,
+    scale: float,
+    window: int,
+    out: Buffer,
+    logsumexp: Buffer,
+    threads: int,
+) -> None:
+    """As ops.attend_packed: float32 [N, heads, dim], [N, kv_heads, dim] twice; int64 `rows` [places], `ends` [B + 1],
+    `owned` [B]; window 0: none. Fills `out`, shaped as `query`, and `logsumexp`, float64 [N, heads]."""
+
+def attend_packed_backward(
+    query: Buffer,
+    key: Buffer,
+    value: Buffer,
+    rows: Buffer,
+    ends: Buffer,
+    owned: Buffer,
+    kv_heads: int,
+    dim: int,
+    scale: float,
+    window: int,
+    out: Buffer,
+    logsumexp: Buffer,
+    grad_out: Buffer,
+    grad_query: Buffer,
+    grad_key: Buffer,
+    grad_value: Buffer,
+    threads: int,
+) -> None:
+    """Fills `grad_query` and adds to `grad_key` and `grad_value`, which the caller has set to 0."""
+
 def features() -> list[str]:
     """Instruction sets this build uses on this machine."""

@@ -1,10 +1,11 @@
 // One query a sequence over its keys and values in a slot cache: the attention of a decode step. Each row reads exactly
 // the keys it has, so that no result depends on the rows beside it, and a long sequence costs the others nothing.
 //
-// Products of queries and keys are summed in float64 (see _ExactAttention of the learner); the rest is float32.
+// Products of queries and keys are summed in float64 (see _Attend in orz_async/ops/attention.py); the rest is float32.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -105,18 +106,20 @@ inline void weigh(const float* weights, const float* values, size_t count, size_
   weigh_scalar(weights, values, count, 0, dim, scale, out);
 }
 
-// One query head: `keys` and `values` are those it sees. A score that is not a number makes the whole head so.
-inline void head(const Args& args, const float* query, const float* keys, const float* values, size_t count,
-                 std::vector<double>& scores, std::vector<float>& weights, std::vector<double>& scaled, float* out) {
-  for (size_t d = 0; d < args.dim; ++d) scaled[d] = static_cast<double>(query[d]) * args.scale;
+// One query head: `keys` and `values` [count, dim] are those it sees. Returns the logarithm of the sum of exp(score). A
+// score that is not a number makes the whole head so.
+inline double head(const float* query, const float* keys, const float* values, size_t count, size_t dim, double scale,
+                   std::vector<double>& scores, std::vector<float>& weights, std::vector<double>& scaled, float* out) {
+  for (size_t d = 0; d < dim; ++d) scaled[d] = static_cast<double>(query[d]) * scale;
   double top = -std::numeric_limits<double>::infinity();
   for (size_t k = 0; k < count; ++k) {
-    scores[k] = dot(scaled.data(), keys + k * args.dim, args.dim);
+    scores[k] = dot(scaled.data(), keys + k * dim, dim);
     top = std::max(top, scores[k]);
   }
   for (size_t k = 0; k < count; ++k) weights[k] = static_cast<float>(scores[k] - top);
   const softmax::RowSums sums = softmax::row_exp(weights.data(), count, 1.0f, 0.0f, weights.data());
-  weigh(weights.data(), values, count, args.dim, static_cast<float>(1.0 / sums.total), out);
+  weigh(weights.data(), values, count, dim, static_cast<float>(1.0 / sums.total), out);
+  return top + std::log(sums.total);
 }
 
 // Rows [begin, end): write their key and value, then attend.
@@ -133,8 +136,8 @@ inline void decode(const Args& args, size_t begin, size_t end) {
       std::copy_n(args.value + packed, args.dim, args.values + cache + position * args.dim);
       for (size_t g = 0; g < args.group; ++g) {
         const size_t at = packed * args.group + g * args.dim;
-        head(args, args.query + at, args.keys + cache + first * args.dim, args.values + cache + first * args.dim,
-             position + 1 - first, scores, weights, scaled, args.out + at);
+        head(args.query + at, args.keys + cache + first * args.dim, args.values + cache + first * args.dim,
+             position + 1 - first, args.dim, args.scale, scores, weights, scaled, args.out + at);
       }
     }
   }

@@ -84,6 +84,26 @@ def main(path: str) -> None:
     refused(core.attend_slots, q, k, k, cache, cache[1:], at, 2, 8, 16, 0.5, 0, out, 1)
     refused(core.attend_slots, q, k[1:], k, cache, cache, at, 2, 8, 16, 0.5, 0, out, 1)
     refused(core.attend_slots, q, k, k, cache, cache, at, 2, 8, 0, 0.5, 0, out, 1)
+    f32 = np.float32
+    rows, ends, owned = np.array([0, 1, 0, 2]), np.array([0, 2, 4]), np.array([0, 1])
+    q, k, out, sums = np.ones((3, 4, 8), f32), np.ones((3, 2, 8), f32), np.zeros((3, 4, 8), f32), np.zeros((3, 4))
+    packed, tail = (q, k, k, rows, ends, owned, 2, 8, 0.5, 0), (out, sums, 2)
+    core.attend_packed_forward(*packed, *tail)
+    assert (out == 1).all()
+    grads = np.zeros_like(q), np.zeros_like(k), np.zeros_like(k)
+    core.attend_packed_backward(*packed, out, sums, np.ones_like(q), *grads, 2)
+    assert np.allclose(grads[2].sum(0), 6)
+    wrong_ends = ends + 1, ends[::-1].copy()
+    for index, wrong in (
+        *((3, rows + 1), (3, rows - 1), (5, owned + 2), (5, owned - 1)),
+        *((4, wrong) for wrong in wrong_ends),
+    ):
+        bad = (*packed[:index], wrong, *packed[index + 1 :])
+        refused(core.attend_packed_forward, *bad, *tail)
+        refused(core.attend_packed_backward, *bad, out, sums, q, *grads, 2)
+    refused(core.attend_packed_forward, q[:2], *packed[1:], *tail)
+    refused(core.attend_packed_forward, *packed, out[:2], sums, 2)
+    refused(core.attend_packed_forward, *packed, out, sums[:2], 2)
     print("csrc/tests: bindings passed", core.features())
 
 

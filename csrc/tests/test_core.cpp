@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/attend.h"
+#include "cpu/attend_packed.h"
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/gae.h"
@@ -68,6 +69,47 @@ void test_attend() {
           }
           for (size_t d = 0; d < dim; ++d)
             CHECK(near(out[(r * kv_heads * group + h) * dim + d], want[d] / total, 1e-5));
+        }
+    }
+  }
+}
+
+// The gradients are compared with differences of the forward pass.
+void test_attend_packed() {
+  Rng rng(8);
+  const size_t tokens = 8, kv_heads = 2, group = 2, heads = kv_heads * group;
+  // Rows 0 to 2 are shared by two sequences; the third is alone.
+  const std::vector<int64_t> rows = {0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7}, ends = {0, 5, 9, 11}, owned = {0, 3, 0};
+  for (size_t dim : {1u, 8u, 13u, 64u}) {
+    for (size_t window : {0u, 2u}) {
+      std::vector<float> inputs[3] = {normal(rng, tokens * heads * dim), normal(rng, tokens * kv_heads * dim),
+                                      normal(rng, tokens * kv_heads * dim)};
+      const std::vector<float> slope = normal(rng, tokens * heads * dim);
+      const orz::attend::Packed args{inputs[0].data(), inputs[1].data(), inputs[2].data(), rows.data(), ends.data(),
+                                     owned.data(), 3, kv_heads, group, dim, 0.5, window};
+      std::vector<float> out(tokens * heads * dim);
+      std::vector<double> sums(tokens * heads);
+      const auto loss = [&] {
+        orz::attend::forward(args, out.data(), sums.data(), 0, kv_heads);
+        double total = 0.0;
+        for (size_t i = 0; i < out.size(); ++i) total += static_cast<double>(out[i]) * slope[i];
+        return total;
+      };
+      loss();
+      const std::vector<float> made = out;
+      std::vector<float> grads[3] = {std::vector<float>(inputs[0].size()), std::vector<float>(inputs[1].size()),
+                                     std::vector<float>(inputs[2].size())};
+      orz::attend::backward(args, {made.data(), sums.data(), slope.data(), grads[0].data(), grads[1].data(),
+                                   grads[2].data()}, 0, kv_heads);
+      for (size_t n = 0; n < 3; ++n)
+        for (size_t i = 0; i < inputs[n].size(); i += 5) {
+          const float at = inputs[n][i], step = 1e-2f;
+          inputs[n][i] = at + step;
+          const double above = loss();
+          inputs[n][i] = at - step;
+          const double below = loss();
+          inputs[n][i] = at;
+          CHECK(std::abs((above - below) / (2.0 * step) - grads[n][i]) < 5e-3);
         }
     }
   }
@@ -298,6 +340,7 @@ void test_delta_against_forgeries() {
 
 int main() {
   test_attend();
+  test_attend_packed();
   test_crc32c();
   test_gae();
   test_pack();

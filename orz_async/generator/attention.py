@@ -152,7 +152,7 @@ class _Form:
     softcap: float | None
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """[..., queries, keys]; float32, and on a CPU float64 from float32: see `_ExactAttention` of the learner."""
+        """[..., queries, keys]; float32, and on a CPU float64 from float32: see `_Attend` in ops/attention.py."""
         if query.device.type == "cpu" and query.dtype == torch.float32:
             query, key = query.double(), key.double()
         scores = torch.matmul(query * self.scale, key.transpose(-2, -1))

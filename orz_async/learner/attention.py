@@ -1,14 +1,16 @@
 """Causal attention within each sequence of a packed [1, N] batch, behind transformers' attention interface.
 
 Linear layers, norms and rotary embeddings see the packed tokens, so padding costs them nothing. On a GPU the attention
-kernel reads the sequences where they lie (`varlen.py`). On CPU attention alone is computed on right-padded groups of
-sequences of similar length. That is exact: a padded key stands after every real query of its row, so the causal mask
-already hides it, and the rows of padded queries are dropped.
+kernel reads the sequences where they lie (`varlen.py`), and so does ours on a CPU (`ops.attend_packed`). What these do
+not compute (soft caps, bfloat16, very long sequences on a CPU, shared prompts on a GPU) is computed on right-padded
+groups of sequences of similar length. That is exact: a padded key stands after every real query of its row, so the
+causal mask already hides it, and the rows of padded queries are dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from orz_async import ops
 from orz_async.errors import ModelError
 from orz_async.learner import varlen
 
@@ -30,20 +33,53 @@ _SIMILAR = 0.6
 times the unpadded arithmetic, in few calls."""
 
 _EXACT_LENGTH = 1024
-"""Longer sequences on a CPU go through torch's own kernel, which holds no matrix of scores."""
+"""Longer sequences on a CPU go through torch's own kernel, whose blocks read keys less often."""
 
 
 class PackedLayout:
-    """Where each packed token goes in the padded groups, computed once a microbatch and used by every layer.
+    """Which packed rows make up which sequence, computed once a microbatch and used by every layer.
 
-    A sequence is a list of packed rows. Sequences may share leading rows (the samples of one prompt): these tokens are
-    then embedded, projected and normalised once, and copied for the attention only.
+    Sequences may share leading rows (the samples of one prompt): these tokens are then embedded, projected and
+    normalised once, and only attention goes through them again.
     """
 
     def __init__(self, rows_B: Sequence[NDArray[np.int64]], device: torch.device | str = "cpu") -> None:
         if not rows_B or min(map(len, rows_B)) < 1:
             raise ValueError("rows_B: expected at least one sequence of at least one token, found an empty one")
-        self.num_tokens = 1 + max(int(rows.max()) for rows in rows_B)
+        self.sequences = ops.Sequences.of(rows_B)
+        self.num_tokens = self.sequences.num_rows
+        self.longest = max(map(len, rows_B))
+        self.in_order = np.array_equal(self.sequences.rows_T, np.arange(self.num_tokens))
+        """The sequences share no rows and follow each other: kernels can read them where they lie."""
+        ends = self.sequences.ends_B1 if self.in_order else np.zeros(1)
+        self.cu_seqlens_B1 = torch.from_numpy(ends.astype(np.int32)).to(device)
+        self.blocks: dict[int | None, BlockMask] = {}
+        self._rows_B, self._device = rows_B, device
+        self._windows: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def from_lengths(cls, lengths_B: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
+        """Sequences that share nothing, one after the other."""
+        ends = np.cumsum(lengths_B)
+        return cls([np.arange(end - n, end) for n, end in zip(lengths_B, ends, strict=True)], device)
+
+    @cached_property
+    def padded(self) -> PaddedGroups:
+        return PaddedGroups(self._rows_B, self._device)
+
+    def window_mask(self, length: int, window: int) -> Tensor:
+        """bool [length, length]: query q sees keys q - window < k <= q."""
+        if (length, window) not in self._windows:
+            at = torch.arange(length, device=self._device)
+            behind = at[:, None] - at[None, :]
+            self._windows[length, window] = (behind >= 0) & (behind < window)
+        return self._windows[length, window]
+
+
+class PaddedGroups:
+    """Where each packed token goes in right-padded groups of sequences, for kernels that know no packed ones."""
+
+    def __init__(self, rows_B: Sequence[NDArray[np.int64]], device: torch.device | str) -> None:
         self.groups: list[tuple[int, int]] = []
         """(sequences, padded length) of each group; the groups follow each other in the padded rows."""
         sources, real = [], []
@@ -58,8 +94,6 @@ class PackedLayout:
         source_P, real_P = np.concatenate(sources), np.concatenate(real)
         tokens, first = np.unique(np.where(real_P, source_P, -1), return_index=True)
         target_N = first[tokens >= 0]
-        if len(target_N) != self.num_tokens:
-            raise ValueError(f"rows_B: expected every row below {self.num_tokens} in a sequence, found {len(target_N)}")
         copies = real_P.copy()
         copies[target_N] = False
         self.source_P = torch.from_numpy(source_P).to(device)
@@ -70,28 +104,6 @@ class PackedLayout:
         """[further copies of shared tokens]: their padded rows."""
         self.copied_C = self.source_P[self.copies_C]
         """[further copies of shared tokens]: the packed tokens."""
-        self._windows: dict[tuple[int, int], Tensor] = {}
-        self.longest = max(map(len, rows_B))
-        in_order = np.array_equal(np.concatenate(list(rows_B)), np.arange(self.num_tokens))
-        self.in_order = in_order
-        """The sequences share no rows and follow each other: kernels can read them where they lie."""
-        ends = np.cumsum([0, *map(len, rows_B)]) if in_order else np.zeros(1)
-        self.cu_seqlens_B1 = torch.from_numpy(ends.astype(np.int32)).to(device)
-        self.blocks: dict[int | None, BlockMask] = {}
-
-    @classmethod
-    def from_lengths(cls, lengths_B: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
-        """Sequences that share nothing, one after the other."""
-        ends = np.cumsum(lengths_B)
-        return cls([np.arange(end - n, end) for n, end in zip(lengths_B, ends, strict=True)], device)
-
-    def window_mask(self, length: int, window: int) -> Tensor:
-        """bool [length, length]: query q sees keys q - window < k <= q."""
-        if (length, window) not in self._windows:
-            at = torch.arange(length, device=self.source_P.device)
-            behind = at[:, None] - at[None, :]
-            self._windows[length, window] = (behind >= 0) & (behind < window)
-        return self._windows[length, window]
 
 
 def _similar_lengths(lengths_B: Sequence[int]) -> list[list[int]]:
@@ -109,16 +121,16 @@ class _Pad(torch.autograd.Function):
     """Packed rows to padded rows. Backward adds up the copies; padding has no gradient (see the module)."""
 
     @staticmethod
-    def forward(ctx: Any, x_NX: Tensor, layout: PackedLayout) -> Tensor:
-        ctx.layout = layout
-        return x_NX.index_select(0, layout.source_P)
+    def forward(ctx: Any, x_NX: Tensor, padding: PaddedGroups) -> Tensor:
+        ctx.padding = padding
+        return x_NX.index_select(0, padding.source_P)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layout: PackedLayout = ctx.layout
-        grad_NX = grads[0].index_select(0, layout.target_N)
-        if len(layout.copies_C):
-            grad_NX.index_add_(0, layout.copied_C, grads[0].index_select(0, layout.copies_C))
+        padding: PaddedGroups = ctx.padding
+        grad_NX = grads[0].index_select(0, padding.target_N)
+        if len(padding.copies_C):
+            grad_NX.index_add_(0, padding.copied_C, grads[0].index_select(0, padding.copies_C))
         return grad_NX, None
 
 
@@ -126,47 +138,22 @@ class _Unpad(torch.autograd.Function):
     """Padded rows to packed rows, from the first copy of each. Backward puts zeros into all other padded rows."""
 
     @staticmethod
-    def forward(ctx: Any, x_PX: Tensor, layout: PackedLayout) -> Tensor:
-        ctx.layout = layout
-        return x_PX.index_select(0, layout.target_N)
+    def forward(ctx: Any, x_PX: Tensor, padding: PaddedGroups) -> Tensor:
+        ctx.padding = padding
+        return x_PX.index_select(0, padding.target_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layout: PackedLayout = ctx.layout
-        grad_PX = grads[0].new_zeros(len(layout.source_P), grads[0].shape[1])
-        return grad_PX.index_copy_(0, layout.target_N, grads[0]), None
+        padding: PaddedGroups = ctx.padding
+        grad_PX = grads[0].new_zeros(len(padding.source_P), grads[0].shape[1])
+        return grad_PX.index_copy_(0, padding.target_N, grads[0]), None
 
 
-def _pad(x: Tensor, layout: PackedLayout) -> Tensor:
+def _pad(x: Tensor, padding: PaddedGroups) -> Tensor:
     """[1, heads, N, head width] to [padded rows, heads, head width]."""
     x_NX = x[0].transpose(0, 1).flatten(1)
-    x_PX: Tensor = _Pad.apply(x_NX, layout)  # type: ignore[no-untyped-call]
+    x_PX: Tensor = _Pad.apply(x_NX, padding)  # type: ignore[no-untyped-call]
     return x_PX.view(len(x_PX), x.shape[1], x.shape[3])
-
-
-class _ExactAttention(torch.autograd.Function):
-    """softmax(scale Q K^T) V with the products of Q and K summed in float64; everything else is float32.
-
-    Scores of a trained model may be 50 or more: float32 knows such a sum to 1e-6 or 1e-5, and engine and learner, which
-    sum in another order, then differ by as much in a log-prob. This halves the difference or better; forward and
-    backward of the demo's model take 6 to 10 % longer than with torch's own kernel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        scores = torch.matmul(query.double().mul_(scale), key.double().transpose(2, 3)).masked_fill_(~mask, -torch.inf)
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).float().softmax(-1)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scale = scale
-        return weights @ value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, weights = ctx.saved_tensors
-        grad_weights = grads[0] @ value.transpose(2, 3)
-        grad_scores = (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
-        grad_value = weights.transpose(2, 3) @ grads[0]
-        return grad_scores @ key, grad_scores.transpose(2, 3) @ query, grad_value, None, None
 
 
 def _attend(
@@ -174,8 +161,7 @@ def _attend(
 ) -> Tensor:
     """[B, heads, L, head width] each, keys and values with as many or fewer heads; causal unless a mask says more."""
     grouped = query.shape[1] != key.shape[1]
-    exact = query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[2] <= _EXACT_LENGTH
-    if softcap is None and not exact:
+    if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
@@ -186,9 +172,6 @@ def _attend(
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scaling = scaling if scaling is not None else query.shape[3] ** -0.5
-    if softcap is None:
-        attended: Tensor = _ExactAttention.apply(query, key, value, mask, scaling)  # type: ignore[no-untyped-call]
-        return attended
     scores = query @ key.transpose(2, 3) * scaling
     scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
@@ -219,19 +202,38 @@ def packed_attention(
     kernel = varlen.best(query) if layout.in_order else None
     if kernel is not None:
         return kernel(query, key, value, layout, scaling=scaling, window=sliding_window, softcap=softcap), None
-    sizes = [count * length for count, length in layout.groups]
+    exact = query.device.type == "cpu" and query.dtype == torch.float32 and layout.longest <= _EXACT_LENGTH
+    if exact and softcap is None and value.shape[3] == query.shape[3]:
+        scale = scaling if scaling is not None else query.shape[3] ** -0.5
+        query_NHD, key_NKD, value_NKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        out_NHD = ops.attend_packed(query_NHD, key_NKD, value_NKD, layout.sequences, scale=scale, window=sliding_window)
+        return out_NHD[None], None
+    return _padded_attention(query, key, value, layout, scaling=scaling, window=sliding_window, softcap=softcap), None
+
+
+def _padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    padding = layout.padded
+    sizes = [count * length for count, length in padding.groups]
     # split, not slices: its backward writes one tensor, where each slice would fill a whole one with zeros and add it.
-    padded = zip(*(torch.split(_pad(x, layout), sizes) for x in (query, key, value)), strict=True)
+    padded = zip(*(torch.split(_pad(x, padding), sizes) for x in (query, key, value)), strict=True)
     outputs = []
-    for (count, length), parts in zip(layout.groups, padded, strict=True):
+    for (count, length), parts in zip(padding.groups, padded, strict=True):
         group = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in parts]
-        windowed = sliding_window is not None and sliding_window < length
-        mask = layout.window_mask(length, int(sliding_window or 0)) if windowed else None
+        mask = layout.window_mask(length, window) if window is not None and window < length else None
         attended = _attend(*group, scaling=scaling, softcap=softcap, mask=mask)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    out_NX: Tensor = _Unpad.apply(joined, layout)  # type: ignore[no-untyped-call]
-    return out_NX.view(1, layout.num_tokens, query.shape[1], value.shape[3]), None
+    out_NX: Tensor = _Unpad.apply(joined, padding)  # type: ignore[no-untyped-call]
+    return out_NX.view(1, layout.num_tokens, query.shape[1], value.shape[3])
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -9,17 +9,20 @@ produces  losses with gradients and statistics, advantages, microbatches, deltas
 from __future__ import annotations
 
 from orz_async.ops.advantage import gae, merge_moments, moments, whiten
-from orz_async.ops.attention import attend_slots
+from orz_async.ops.attention import attend_packed, attend_slots
 from orz_async.ops.delta import delta_apply, delta_encode
 from orz_async.ops.logprobs import head_logprob, logprob
 from orz_async.ops.losses import ppo_head, ppo_loss, value_loss
 from orz_async.ops.packing import pack
+from orz_async.ops.sequences import Sequences
 from orz_async.ops.stats import PpoHeadOutput, PpoStats, ValueStats
 
 __all__ = [
     "PpoHeadOutput",
     "PpoStats",
+    "Sequences",
     "ValueStats",
+    "attend_packed",
     "attend_slots",
     "delta_apply",
     "delta_encode",

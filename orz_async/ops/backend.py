@@ -29,7 +29,7 @@ bitwise; tensors are contiguous, on one device, and checked by the caller; N may
              -> loss [], grad_hidden_ND | None, grad_weight_VD | None, logprobs_N, entropy_N, statistics
 
 `denominator` is a float32 or float64 tensor, [] or [N]. Rows that are masked out cost nothing, may hold anything, and
-come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for the last, and come from `cpu`, or from
+come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attention, and come from `cpu`, or from
 `reference` without the extension::
 
     pack(lengths_B int64, max_tokens, num_ranks, (a, b)) -> [rank][microbatch][index]
@@ -37,6 +37,9 @@ come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for the last
     delta_apply(words, payload, threads) -> None, in place
     attend_slots(query_RHD, key_RKD, value_RKD, keys, values, positions_R, scale, window | None, threads)
              -> [R, H, D]; float32 tensors, the cache is written in place
+    attend_packed_forward(query_NHD, key_NKD, value_NKD, sequences, scale, window | None, threads)
+             -> out_NHD, logsumexp_NH (float64); float32 tensors, here and below
+    attend_packed_backward(the same arguments, out_NHD, logsumexp_NH, grad_NHD) -> grad_query, grad_key, grad_value
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ TENSOR_OPS = (
     "value_loss",
     "ppo_head",
 )
-HOST_OPS = ("pack", "delta_encode", "delta_apply", "attend_slots")
+HOST_OPS = ("pack", "delta_encode", "delta_apply", "attend_slots", "attend_packed_forward", "attend_packed_backward")
 MODULES = {
     "reference": "orz_async.ops.reference",
     "cpu": "orz_async.ops.cpu",

@@ -17,9 +17,12 @@ from torch import Tensor
 from orz_async import _C
 from orz_async.ops import reference
 from orz_async.ops.reference import head, moments, whiten
+from orz_async.ops.sequences import Sequences
 from orz_async.ops.stats import PPO_FIELDS, VALUE_FIELDS
 
 __all__ = [
+    "attend_packed_backward",
+    "attend_packed_forward",
     "attend_slots",
     "delta_apply",
     "delta_encode",
@@ -226,3 +229,67 @@ def attend_slots(
         threads,
     )
     return out_RHD
+
+
+def attend_packed_forward(
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    sequences: Sequences,
+    scale: float,
+    window: int | None,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    out_NHD, logsumexp_NH = torch.empty_like(query_NHD), torch.empty(query_NHD.shape[:2], dtype=torch.float64)
+    _C.attend_packed_forward(
+        query_NHD.detach().numpy(),
+        key_NKD.detach().numpy(),
+        value_NKD.detach().numpy(),
+        sequences.rows_T,
+        sequences.ends_B1,
+        sequences.owned_B,
+        key_NKD.shape[1],
+        key_NKD.shape[2],
+        scale,
+        window or 0,
+        out_NHD.numpy(),
+        logsumexp_NH.numpy(),
+        threads,
+    )
+    return out_NHD, logsumexp_NH
+
+
+def attend_packed_backward(
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    sequences: Sequences,
+    scale: float,
+    window: int | None,
+    threads: int,
+    out_NHD: Tensor,
+    logsumexp_NH: Tensor,
+    grad_NHD: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_query_NHD, grad_key_NKD = torch.empty_like(query_NHD), torch.zeros_like(key_NKD)
+    grad_value_NKD = torch.zeros_like(value_NKD)
+    _C.attend_packed_backward(
+        query_NHD.detach().numpy(),
+        key_NKD.detach().numpy(),
+        value_NKD.detach().numpy(),
+        sequences.rows_T,
+        sequences.ends_B1,
+        sequences.owned_B,
+        key_NKD.shape[1],
+        key_NKD.shape[2],
+        scale,
+        window or 0,
+        out_NHD.numpy(),
+        logsumexp_NH.numpy(),
+        grad_NHD.numpy(),
+        grad_query_NHD.numpy(),
+        grad_key_NKD.numpy(),
+        grad_value_NKD.numpy(),
+        threads,
+    )
+    return grad_query_NHD, grad_key_NKD, grad_value_NKD

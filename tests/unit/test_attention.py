@@ -113,7 +113,7 @@ def test_packed_equals_padded(family: str, lengths: list[int], gradients: bool =
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_layout_holds_every_token_once_and_wastes_little(lengths: list[int]) -> None:
-    layout = PackedLayout.from_lengths(lengths)
+    layout = PackedLayout.from_lengths(lengths).padded
     rows = sum(count * longest for count, longest in layout.groups)
     assert sum(count for count, _ in layout.groups) == len(lengths)
     assert len(layout.source_P) == rows
@@ -127,8 +127,8 @@ def test_layout_holds_every_token_once_and_wastes_little(lengths: list[int]) -> 
 def test_shared_rows_are_copied_and_their_copies_known() -> None:
     """Rows 0 to 2 are a prompt with three samples, the last of them without a further token."""
     rows = [np.array([0, 1, 2, 3, 4]), np.array([0, 1, 2, 5]), np.array([0, 1, 2]), np.array([6])]
-    layout = PackedLayout(rows)
-    assert layout.num_tokens == 7
+    assert PackedLayout(rows).num_tokens == 7
+    layout = PackedLayout(rows).padded
     assert layout.source_P[layout.target_N].tolist() == list(range(7))
     assert layout.source_P[layout.copies_C].tolist() == layout.copied_C.tolist() == [0, 1, 2, 0, 1, 2]
     assert not set(layout.copies_C.tolist()) & set(layout.target_N.tolist())

@@ -7,7 +7,7 @@ produces  tensors; runs on any device, in float64 too, where it is the oracle of
 from __future__ import annotations
 
 from orz_async.ops.reference.advantage import gae, moments, whiten
-from orz_async.ops.reference.attention import attend_slots
+from orz_async.ops.reference.attention import attend_packed_backward, attend_packed_forward, attend_slots
 from orz_async.ops.reference.delta import delta_apply, delta_encode
 from orz_async.ops.reference.head import (
     head_logprob_backward,
@@ -20,6 +20,8 @@ from orz_async.ops.reference.loss import ppo_loss, value_loss
 from orz_async.ops.reference.packing import pack
 
 __all__ = [
+    "attend_packed_backward",
+    "attend_packed_forward",
     "attend_slots",
     "delta_apply",
     "delta_encode",
