@@ -8,9 +8,9 @@ each on the demo, and on a base model a few of whose responses run long (`benchm
 
 Rollouts/s leave out the first `WARM_STEPS` updates and count from the end of one update to the end of a later one.
 Time to 90 % is the training time at which the first version stood that was right in 90 % of the held-out samples. TRL's
-clock stops while it is evaluated. Ours does not, because the generators sample evaluations while they train: what these
-cost is in our rates and times. Neither clock counts imports and loading. A run that did not happen for want of time, or
-did not reach 90 %, is named in the notes.
+clock stops while it is evaluated. Ours cannot, because the generators sample evaluations while they train: what these
+cost is in our time to 90 %, and our rates are of a second run, without evaluations. Neither clock counts imports and
+loading. A run that did not happen for want of time, or did not reach 90 %, is named in the notes.
 """
 
 from __future__ import annotations
@@ -62,14 +62,17 @@ class Course:
     """A run as both sides report it: training seconds at the end of each update, accuracy by policy version."""
 
     step_s: tuple[float, ...]
+    """Of the run with evaluations."""
     accuracy: Mapping[int, float]
     mean_tokens: float
     longest: float
+    free_s: tuple[float, ...]
+    """As `step_s`, with no evaluation on the clock."""
 
     def rate(self) -> float:
-        """Rollouts/s after the warm-up."""
-        seconds = self.step_s[-1] - self.step_s[WARM_STEPS - 1]
-        return (len(self.step_s) - WARM_STEPS) * PROMPTS * SAMPLES / seconds
+        """Rollouts/s after the warm-up, with no evaluation on the clock."""
+        seconds = self.free_s[-1] - self.free_s[WARM_STEPS - 1]
+        return (len(self.free_s) - WARM_STEPS) * PROMPTS * SAMPLES / seconds
 
     def seconds_to(self, accuracy: float) -> float | None:
         """Training seconds at which the first version stood that is this good; None if none is."""
@@ -136,11 +139,13 @@ def trl(task: Task, seed: int, place: Path) -> Course:
 def trl_course(record: Mapping[str, Any]) -> Course:
     """Of what `peer_trl` wrote."""
     steps = record["steps"]
+    step_s = tuple(float(step["wall_s"]) for step in steps)
     return Course(
-        step_s=tuple(step["wall_s"] for step in steps),
+        step_s=step_s,
         accuracy={int(found["version"]): found["accuracy"] for found in record["evals"]},
         mean_tokens=statistics.mean(step["tokens"] for step in steps) / (PROMPTS * SAMPLES),
         longest=max(step["longest"] for step in steps),
+        free_s=step_s,
     )
 
 
@@ -150,7 +155,6 @@ def ours(task: Task, seed: int, place: Path, side: str) -> Course:
     settings = {
         "--steps": STEPS,
         "--seed": seed,
-        "--eval.every": EVAL_EVERY,
         "--model.path": task.base / "model",
         "--data.train": task.base / "train.jsonl",
         "--data.heldout": task.base / "heldout.jsonl",
@@ -162,16 +166,26 @@ def ours(task: Task, seed: int, place: Path, side: str) -> Course:
         **OUR_PLACEMENT,
     }
     words = [str(word) for pair in settings.items() for word in pair]
-    one_run(place, MAX_LAG, (*words, *(WITHOUT_CRITIC if side == GRPO else ())))
-    history = read_history(place)
-    return our_course(history.steps, history.evals)
+    words += WITHOUT_CRITIC if side == GRPO else ()
+    histories = []
+    for every in (EVAL_EVERY, 0):
+        run_dir = place / f"evaluated_every_{every}"
+        one_run(run_dir, MAX_LAG, (*words, "--eval.every", str(every)))
+        histories.append(read_history(run_dir))
+    evaluated, free = histories
+    return our_course(evaluated.steps, evaluated.evals, free.steps)
 
 
-def our_course(steps: Mapping[int, Mapping[str, Any]], evals: Mapping[int, Mapping[str, Any]]) -> Course:
-    """Of the events `step` and `eval` of a run."""
+def our_course(
+    steps: Mapping[int, Mapping[str, Any]],
+    evals: Mapping[int, Mapping[str, Any]],
+    free: Mapping[int, Mapping[str, Any]],
+) -> Course:
+    """Of the events `step` and `eval` of a run, and the steps of one without evaluations."""
     ordered = [steps[step] for step in sorted(steps)]
     return Course(
         step_s=tuple(float(step["wall_s"]) for step in ordered),
+        free_s=tuple(float(free[step]["wall_s"]) for step in sorted(free)),
         accuracy={version: float(found["accuracy"]) for version, found in evals.items()},
         mean_tokens=statistics.mean(float(step["length_mean"]) for step in ordered),
         longest=max(float(step["length_max"]) for step in ordered),

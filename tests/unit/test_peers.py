@@ -118,16 +118,18 @@ def test_a_course_of_trl() -> None:
 
 def test_a_course_of_ours() -> None:
     steps = {n: {"wall_s": 1.0 + n / 2, "length_mean": 10.0 + n, "length_max": 50 - n} for n in (1, 0, 2, 3, 4, 5)}
-    course = peers.our_course(steps, {5: {"accuracy": 0.9}, 0: {"accuracy": 0.2}})
+    free = {n: {"wall_s": 1.0 + n / 4} for n in range(6)}
+    course = peers.our_course(steps, {5: {"accuracy": 0.9}, 0: {"accuracy": 0.2}}, free)
     assert course.step_s == (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
-    assert course.rate() == pytest.approx(256.0)
+    assert course.rate() == pytest.approx(512.0)  # of the run without evaluations
     assert course.seconds_to(0.9) == 3.0
     assert (course.mean_tokens, course.longest) == (12.5, 50.0)
 
 
 def course(step_s: float, good: int | None) -> peers.Course:
     accuracy = {0: 0.2} if good is None else {0: 0.2, good: 0.95}
-    return peers.Course(tuple(step_s * (n + 1) for n in range(10)), accuracy, 20.0, 40.0)
+    ends = tuple(step_s * (n + 1) for n in range(10))
+    return peers.Course(ends, accuracy, 20.0, 40.0, free_s=ends)
 
 
 def test_ratios_are_taken_turn_by_turn() -> None:
