@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from orz_async.observe.events import EventLog
 from orz_async.observe.sinks.feed import Feed
 from orz_async.observe.sinks.process import sinks
 from orz_async.observe.sinks.scalars import Point, Scalars
+from orz_async.observe.sinks.writers import configured
 
 PATIENCE_S = 60.0
 POINT = Point(1, {"a": 1.0})
@@ -164,6 +167,25 @@ def test_the_newest_numbers_are_scraped_and_a_missing_package_is_told(run: Path)
     log.close()
     wait_for(lambda: reports(run, "prometheus")[-1]["delivered"] == 1)
     assert "ModuleNotFoundError" in wait_for(lambda: reports(run, "wandb")[-1]["failure"])
+
+
+def test_a_run_that_is_continued_goes_on_in_the_same_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The services' clients are played: what they were asked for is what matters."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for service in ("wandb", "trackio"):
+        module = types.ModuleType(service)
+        module.init = functools.partial(lambda of, **asked: calls.append((of, asked)), service)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, service, module)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    config = Config(observe=ObserveConfig(wandb="orz", trackio="orz"))
+    for folder in (*folders, folders[0]):
+        for make in configured(config, folder).values():
+            make()
+    ids = [asked["id"] for of, asked in calls if of == "wandb"]
+    assert ids[0] == ids[2] != ids[1]
+    assert [asked["resume"] for _, asked in calls] == ["allow"] * 6
 
 
 def test_killed_sinks_are_not_missed(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,12 @@ class WandB:
         import wandb
 
         self._run: Any = wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), config=settings, resume="allow"
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=settings,
+            id=_kept_id(run_dir / "wandb.id"),
+            resume="allow",
         )
 
     def write(self, point: Point) -> None:
@@ -51,12 +57,19 @@ class WandB:
         self._run.finish()
 
 
+def _kept_id(file: Path) -> str:
+    """A name of its own for every run folder, so that a run which is continued goes on in the same curves."""
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    return file.read_text().strip()
+
+
 class Trackio:
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]) -> None:
         import trackio
 
         self._trackio: Any = trackio
-        trackio.init(project=project, name=run_dir.name, config=settings)
+        trackio.init(project=project, name=run_dir.name, config=settings, resume="allow")
 
     def write(self, point: Point) -> None:
         self._trackio.log(point.values | {"step": point.step})
