@@ -20,7 +20,8 @@ from orz_async.observe.versions import versions
 
 OURS = (
     *("config.toml", "versions.json", "address", "summary.json", "curve.png", "orz.lock"),
-    *("events", "tokens", "journal", "checkpoints", "export", "logs", "report.html", "trace.json.gz", "tensorboard"),
+    *("events", "tokens", "evals", "journal", "kept", "checkpoints", "export", "logs", "report.html", "trace.json.gz"),
+    *("tensorboard", "wandb", "sinks.id"),
 )
 """Everything a run writes; --overwrite deletes these and nothing else."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from orz_async.config import Config
 from orz_async.config_toml import from_toml, load
 from orz_async.errors import ConfigError, DiskError
+from orz_async.launcher import run_folder
 from orz_async.launcher.commands import commands, dry_run
 from orz_async.launcher.limits import Limits
 from orz_async.launcher.run_folder import Mode, RunFolder
@@ -99,6 +101,13 @@ def test_overwrite_deletes_the_run_and_nothing_else(config: Config) -> None:
     assert list((path / "logs").iterdir()) == []
     assert (path / "notes.md").read_text() == "mine"
     assert load(path / "config.toml").seed == 5
+
+
+def test_overwrite_knows_all_that_is_written() -> None:
+    source = Path(run_folder.__file__).parents[1]
+    named = {name for file in source.rglob("*.py") for name in re.findall(r'run_dir / "([\w.]+)"', file.read_text())}
+    assert {"events", "journal", "evals", "kept"} <= named  # the pattern finds what it should
+    assert named <= set(run_folder.OURS)
 
 
 def test_resume_needs_something_to_resume(config: Config) -> None:

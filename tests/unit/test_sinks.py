@@ -185,6 +185,8 @@ def test_a_run_that_is_continued_goes_on_in_the_same_curves(monkeypatch: pytest.
             make()
     ids = [asked["id"] for of, asked in calls if of == "wandb"]
     assert ids[0] == ids[2] != ids[1]
+    names = [asked["name"] for of, asked in calls if of == "trackio"]
+    assert names[0] == names[2] == f"a-{ids[0][:6]}"
     assert [asked["resume"] for _, asked in calls] == ["allow"] * 6
 
 

@@ -37,7 +37,7 @@ class TensorBoard:
 
 
 class WandB:
-    def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, project: str, run_dir: Path, run_id: str, settings: dict[str, Any]) -> None:
         import wandb
 
         self._run: Any = wandb.init(
@@ -45,7 +45,7 @@ class WandB:
             name=run_dir.name,
             dir=str(run_dir),
             config=settings,
-            id=_kept_id(run_dir / "wandb.id"),
+            id=run_id,
             resume="allow",
         )
 
@@ -57,19 +57,14 @@ class WandB:
         self._run.finish()
 
 
-def _kept_id(file: Path) -> str:
-    """A name of its own for every run folder, so that a run which is continued goes on in the same curves."""
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex)
-    return file.read_text().strip()
-
-
 class Trackio:
-    def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, project: str, run_dir: Path, run_id: str, settings: dict[str, Any]) -> None:
         import trackio
 
         self._trackio: Any = trackio
-        trackio.init(project=project, name=run_dir.name, config=settings, resume="allow")
+        # It knows runs by name alone, and folders of one name are not one run.
+        name = f"{run_dir.name}-{run_id[:6]}"
+        trackio.init(project=project, name=name, config=settings, resume="allow")
 
     def write(self, point: Point) -> None:
         self._trackio.log(point.values | {"step": point.step})
@@ -100,18 +95,27 @@ class Prometheus:
         self._server.server_close()
 
 
+def _kept_id(run_dir: Path) -> str:
+    """A name of its own for every run folder, so that a run which is continued goes on in the same curves."""
+    file = run_dir / "sinks.id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex, encoding="ascii")
+    return file.read_text(encoding="ascii").strip()
+
+
 def configured(config: Config, run_dir: Path) -> dict[str, Callable[[], Writer]]:
     """What [observe] asks for: name of the sink -> how to open it."""
     import dataclasses
 
     observe, settings = config.observe, dataclasses.asdict(config)
     makers: dict[str, Callable[[], Writer]] = {}
+    run_id = _kept_id(run_dir) if observe.wandb or observe.trackio else ""
     if observe.tensorboard:
         makers["tensorboard"] = lambda: TensorBoard(run_dir / "tensorboard")
     if observe.wandb:
-        makers["wandb"] = lambda: WandB(observe.wandb, run_dir, settings)
+        makers["wandb"] = lambda: WandB(observe.wandb, run_dir, run_id, settings)
     if observe.trackio:
-        makers["trackio"] = lambda: Trackio(observe.trackio, run_dir, settings)
+        makers["trackio"] = lambda: Trackio(observe.trackio, run_dir, run_id, settings)
     if observe.prometheus:
         makers["prometheus"] = lambda: Prometheus(loopback_port(observe.prometheus))
     return makers
