@@ -222,6 +222,9 @@ class _Events:
 
     def close(self, rollouts: int) -> None:
         funnel = {"granted": rollouts + 7, "trained": rollouts, "quarantined": 1, "in_flight": 0}
+        for tokens in (7, 30):
+            lost = {"lease": ["train", 0, 0], "tokens": tokens, "versions": [[0, 0]], "reason": "another did it"}
+            self._emit("generator-g0", 2e9 - 1, "abandoned", **lost)
         self._emit("broker", 2e9, "funnel", expired={"deadline": 4, "lost": 2}, **funnel)
         for file in self._files.values():
             file.close()

@@ -10,6 +10,7 @@ from orz_async.config import Config
 from orz_async.errors import OrzError
 from orz_async.learner.base_plan import PLANS
 from orz_async.learner.memory import QWEN25, Shape, generator_memory, learner_peak, lines
+from orz_async.recipes import BASES
 
 
 def files(config: Config) -> list[str]:
@@ -21,7 +22,11 @@ def files(config: Config) -> list[str]:
     weights = sorted(model.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights)
     told = f"{len(weights)} files, {size / (1 << 30):.2f} GiB" if weights else "MISSING"
-    return [*found, f"  {model}/*.safetensors: {told}"]
+    told_of = [*found, f"  {model}/*.safetensors: {told}"]
+    own = [recipe for recipe, plan in BASES.items() if PLANS[plan].model == config.model.path]
+    if own and any("MISSING" in line for line in told_of):
+        told_of.append(f"  `orz make-base --recipe {own[0]}` makes them")
+    return told_of
 
 
 def shape_of(config: Config) -> Shape | None:

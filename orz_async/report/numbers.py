@@ -88,6 +88,8 @@ class Fold:
         self._incidents: list[Event] = []
         self._sinks: dict[str, Event] = {}
         self._kinds: Counter[str] = Counter()
+        self._abandoned_tokens = 0
+        """Sampled, and then of no use: their leases were lost."""
         self.dropped = 0
 
     def feed_all(self, events: Iterable[Event]) -> None:
@@ -113,6 +115,8 @@ class Fold:
             self._published[int(event["version"])] = event
         elif kind == "step" and name == LEARNER:
             self._sampled_at[int(event["step"])] = self._sampled_total
+        elif kind == "abandoned":
+            self._abandoned_tokens += int(event.get("tokens") or 0)
         elif kind == "sink":
             self._sinks[str(event.get("name"))] = event
         if kind in _INCIDENTS and len(self._incidents) < MOST_INCIDENTS:
@@ -159,7 +163,7 @@ class Fold:
                 for process in history.those(prefix)
             },
             "timeline": timeline,
-            "funnel": _funnel(history.funnel),
+            "funnel": _funnel(history.funnel) | {"abandoned_tokens": self._abandoned_tokens},
             "weights": self._weight_rows(),
             "incidents": self._incidents,
             "events": dict(self._kinds.most_common()),

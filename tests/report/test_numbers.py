@@ -66,6 +66,7 @@ def test_funnel_and_calibration_add_up(made: tuple[Path, Made]) -> None:
     assert funnel["trained"] == facts.rollouts and funnel["expired_by_cause"] == {"deadline": 4, "lost": 2}
     assert funnel["granted"] == funnel["trained"] + funnel["expired"] + funnel["quarantined"] + funnel["in_flight"]
     assert funnel["unaccounted"] == 0
+    assert funnel["abandoned_tokens"] == 37
     assert sum(b["tokens"] for part in numbers["calibration"] for b in part["bins"]) == facts.tokens
     assert [w["version"] for w in numbers["weights"]] == list(range(1, STEPS + 1))
     assert numbers["weights"][0]["bytes_mean"] == 1 << 25 and numbers["weights"][0]["generators"] == 2

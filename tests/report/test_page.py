@@ -62,6 +62,7 @@ def test_it_loads_from_a_file_and_shows_the_journal_s_numbers(
     summary = read_run(run)[0]["summary"]
     assert any(f"{summary['accuracy_after']:.1%}".replace("%", " %").replace(".0 %", " %") in tile for tile in tiles)
     assert browser.ask("document.getElementById('funnel').innerText").startswith("All accounted for")
+    assert "37 tokens were sampled for leases" in browser.ask("document.getElementById('funnel').innerText")
     assert f"trained\t{facts.rollouts:,}" in browser.ask("document.getElementById('funnel').innerText")
     drawn = browser.ask("charts.filter(c => !c.figure.hidden).length")
     assert drawn >= 20

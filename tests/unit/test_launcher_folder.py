@@ -17,7 +17,7 @@ from orz_async.launcher import run_folder
 from orz_async.launcher.commands import commands, dry_run
 from orz_async.launcher.limits import Limits
 from orz_async.launcher.run_folder import Mode, RunFolder
-from orz_async.recipes import tiny_cpu
+from orz_async.recipes import orz_7b_8gpu, small_1gpu, tiny_cpu
 
 
 @pytest.fixture
@@ -149,6 +149,12 @@ def test_what_is_started_comes_from_the_configuration() -> None:
     assert (options["--name"], options["--slots"], options["--run-dir"]) == ("g1", "7", "runs/a b")
     assert argv[-1] == "--keep-kv"
     assert found.generators[1].env["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_dry_run_says_how_to_make_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "`orz make-base --recipe small_1gpu` makes them" in dry_run(small_1gpu(), 1)
+    assert "make-base" not in dry_run(orz_7b_8gpu(), 4)
 
 
 def test_a_dry_run_is_toml_that_gives_the_same_configuration() -> None:

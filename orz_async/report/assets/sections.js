@@ -129,6 +129,7 @@ function funnel() {
   for (const [cause, n] of Object.entries(f.expired_by_cause).sort((a, b) => b[1] - a[1])) row(cause, n, "--c1", true);
   row("quarantined", f.quarantined, "--c5"); row("in flight", f.in_flight, "--c7");
   box.replaceChildren(el("h3", {}, f.unaccounted ? `${f.unaccounted} rollouts are unaccounted for` : "All accounted for"), table);
+  if (f.abandoned_tokens) box.append(el("p", {}, `${f.abandoned_tokens.toLocaleString("en")} tokens were sampled for leases that were lost`));
   const start = run().timeline.start, events = el("div", {class: "events"});
   const told = (e) => Object.entries(e).filter(([k]) => !["t", "process", "kind", "bytes", "pid"].includes(k)).map(([k, v]) => `${k} ${typeof v === "number" ? plain(v) : v}`).join(", ");
   for (const e of run().incidents) events.append(el("div", {}, el("time", {}, clock(Math.max(0, e.t - start))), el("span", {}, `${e.kind}${e.process === "broker" ? "" : ` (${shorten(e.process)})`}: ${told(e)}`)));
