@@ -33,7 +33,8 @@ _SIMILAR = 0.6
 times the unpadded arithmetic, in few calls."""
 
 _EXACT_LENGTH = 1024
-"""Longer sequences on a CPU go through torch's own kernel, whose blocks read keys less often."""
+"""Longer sequences on a CPU go through torch's own kernel: one query at a time costs as much as it at 50 tokens, three
+times as much at 1,024, six times at 4,096 (forward and backward, one core)."""
 
 
 class PackedLayout:

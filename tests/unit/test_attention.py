@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from learner_kit import FAMILIES, VOCAB, random_causal_lm
 from torch import Tensor
 
+from orz_async import ops
 from orz_async.errors import ModelError
-from orz_async.learner import varlen
+from orz_async.learner import attention, varlen
 from orz_async.learner.attention import NAME, PackedLayout, packed_attention
 
 # One token; lengths that fall into several groups; more than the sliding window of 5; equal lengths; a long tail.
@@ -108,6 +109,13 @@ def test_packed_equals_padded(family: str, lengths: list[int], gradients: bool =
             assert parameter.grad is not None, name
             # Not 1e-5: with scores as large as these, the padded model's own float32 gradients are off by more.
             torch.testing.assert_close(parameter.grad, want[name], atol=3e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_sequences_go_through_padded_groups(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr(attention, "_EXACT_LENGTH", 30)
+    monkeypatch.setattr(ops, "attend_packed", None)
+    test_packed_equals_padded(family, [5, 31, 1, 17, 30, 3])
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))

@@ -20,6 +20,7 @@ from orz_async.learner.hf_directory import inspect
 from orz_async.learner.loading import load_base, materialise, meta_causal_lm
 from orz_async.learner.model import load_models, meta_models
 from orz_async.learner.parallel import World
+from orz_async.learner.tensor_file import header
 
 
 def reference(path: Path) -> Any:
@@ -122,3 +123,9 @@ def test_a_backbone_saved_without_its_head_loads(tmp_path: Path) -> None:
     load_base(module, inspect(path))
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, tensors[name]), name
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "abcdefgh"])
+def test_tensors_of_a_file_begin_at_a_multiple_of_eight(name: str) -> None:
+    """Whoever maps the file may then read them where they lie."""
+    assert len(header([(name, torch.float32, (2, 3))], {})) % 8 == 0
