@@ -131,7 +131,7 @@ function funnel() {
   box.replaceChildren(el("h3", {}, f.unaccounted ? `${f.unaccounted} rollouts are unaccounted for` : "All accounted for"), table);
   if (f.abandoned_tokens) box.append(el("p", {}, `${f.abandoned_tokens.toLocaleString("en")} tokens were sampled for leases that were lost`));
   const start = run().timeline.start, events = el("div", {class: "events"});
-  const told = (e) => Object.entries(e).filter(([k]) => !["t", "process", "kind", "bytes", "pid"].includes(k)).map(([k, v]) => `${k} ${typeof v === "number" ? plain(v) : v}`).join(", ");
+  const told = (e) => Object.entries(e).filter(([k, v]) => v !== "" && !["t", "process", "kind", "bytes", "pid"].includes(k)).map(([k, v]) => `${k} ${typeof v === "number" ? plain(v) : v}`).join(", ");
   for (const e of run().incidents) events.append(el("div", {}, el("time", {}, clock(Math.max(0, e.t - start))), el("span", {}, `${e.kind}${e.process === "broker" ? "" : ` (${shorten(e.process)})`}: ${told(e)}`)));
   document.getElementById("incidents").replaceChildren(el("h3", {}, "What happened, and when"), events);
 }
