@@ -145,5 +145,28 @@ def attend_packed_backward(
 ) -> None:
     """Fills `grad_query` and adds to `grad_key` and `grad_value`, which the caller has set to 0."""
 
+def rms_norm_forward(x: Buffer, weight: Buffer, eps: float, out: Buffer, inverse: Buffer, threads: int) -> None:
+    """float32 [rows, dim] and [dim]; fills `out`, shaped as `x`, and `inverse` [rows], which backward needs."""
+
+def rms_norm_backward(
+    x: Buffer,
+    weight: Buffer,
+    eps: float,
+    inverse: Buffer,
+    grad_out: Buffer,
+    grad_x: Buffer,
+    grad_weight: Buffer,
+    threads: int,
+) -> None:
+    """Fills `grad_x` and `grad_weight`."""
+
+def silu_mul_forward(gate: Buffer, up: Buffer, out: Buffer, threads: int) -> None:
+    """float32 vectors of one length; fills `out`."""
+
+def silu_mul_backward(
+    gate: Buffer, up: Buffer, grad_out: Buffer, grad_gate: Buffer, grad_up: Buffer, threads: int
+) -> None:
+    """Fills `grad_gate` and `grad_up`."""
+
 def features() -> list[str]:
     """Instruction sets this build uses on this machine."""

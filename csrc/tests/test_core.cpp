@@ -16,6 +16,7 @@
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/gae.h"
+#include "cpu/layers.h"
 #include "cpu/loss.h"
 #include "cpu/pack.h"
 #include "cpu/softmax.h"
@@ -111,6 +112,51 @@ void test_attend_packed() {
           inputs[n][i] = at;
           CHECK(std::abs((above - below) / (2.0 * step) - grads[n][i]) < 5e-3);
         }
+    }
+  }
+}
+
+// Against differences of the forward pass, as above.
+void test_layers() {
+  Rng rng(9);
+  for (size_t dim : {1u, 7u, 33u}) {
+    const size_t rows = 300, count = rows * dim;
+    std::vector<float> x = normal(rng, count), weight = normal(rng, dim), out(count), inverse(rows), grad_x(count);
+    const std::vector<float> slope = normal(rng, count);
+    const orz::layers::Norm norm{x.data(), weight.data(), rows, dim, 1e-3};
+    std::vector<float> parts(norm.blocks() * dim);
+    const auto loss = [&] {
+      orz::layers::norm_forward(norm, out.data(), inverse.data(), 0, rows);
+      double total = 0.0;
+      for (size_t i = 0; i < count; ++i) total += static_cast<double>(out[i]) * slope[i];
+      return total;
+    };
+    const auto difference = [&](float& at) {
+      const float before = at;
+      at = before + 1e-3f;
+      const double above = loss();
+      at = before - 1e-3f;
+      const double below = loss();
+      at = before;
+      return (above - below) / 2e-3;
+    };
+    loss();
+    orz::layers::norm_backward(norm, inverse.data(), slope.data(), grad_x.data(), parts.data(), 0, norm.blocks());
+    for (size_t i = 0; i < count; i += 97) CHECK(std::abs(difference(x[i]) - grad_x[i]) < 2e-2 * (1 + std::abs(grad_x[i])));
+    for (size_t d = 0; d < dim; ++d) {
+      double sum = 0.0;
+      for (size_t block = 0; block < norm.blocks(); ++block) sum += parts[block * dim + d];
+      CHECK(std::abs(difference(weight[d]) - sum) < 2e-2 * (1 + std::abs(sum)));
+    }
+
+    std::vector<float> grad_gate(count), grad_up(count);
+    orz::layers::gate_forward(x.data(), slope.data(), out.data(), 0, count);
+    orz::layers::gate_backward(x.data(), slope.data(), inverse.data(), grad_gate.data(), grad_up.data(), 0, rows);
+    for (size_t i = 0; i < rows; ++i) {
+      const double g = x[i], s = 1.0 / (1.0 + std::exp(-g));
+      CHECK(near(out[i], g * s * slope[i], 1e-6));
+      CHECK(near(grad_up[i], inverse[i] * g * s, 1e-6));
+      CHECK(near(grad_gate[i], static_cast<double>(inverse[i]) * slope[i] * (s + g * s * (1.0 - s)), 1e-6));
     }
   }
 }
@@ -341,6 +387,7 @@ void test_delta_against_forgeries() {
 int main() {
   test_attend();
   test_attend_packed();
+  test_layers();
   test_crc32c();
   test_gae();
   test_pack();

@@ -17,6 +17,7 @@ The way of one step through the folder::
        │            model.py        policy and critic: backbone, response rows, head inside the root module
        │            head.py         the fused head, or chunks where the family caps its logits
        │            attention.py    packed tokens in, causal attention within each sequence; varlen.py: on a GPU
+       │            fused.py       norms and gates by our ops, on a CPU
        │            loading.py      built without memory, sharded, then filled from the files
        │            optim.py        AdamW, warm-up, clipping, the check that nothing is infinite
        │            parallel.py     ranks: messages, sums, keepalive, FSDP2

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from orz_async import ops
 from orz_async.learner import head
 from orz_async.learner.batch import Microbatch
+from orz_async.learner.fused import fuse
 from orz_async.learner.hf_directory import ModelDirectory, inspect
 from orz_async.learner.loading import load_base, materialise, meta_causal_lm
 from orz_async.learner.parallel import like
@@ -52,6 +53,7 @@ class Policy(nn.Module):
         self.lm_head: nn.Module = causal_lm.get_submodule("lm_head")
         self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         """Gemma 2: logits are cap * tanh(logits / cap)."""
+        fuse(self.model)
         self.eval()
 
     @property
@@ -106,6 +108,7 @@ class Critic(nn.Module):
         width = int(config.hidden_size)
         self.score = nn.Linear(width, 1)
         self._seed = seed
+        fuse(self.model)
         self.reset_head()
         self.eval()
 

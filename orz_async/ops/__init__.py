@@ -11,6 +11,7 @@ from __future__ import annotations
 from orz_async.ops.advantage import gae, merge_moments, moments, whiten
 from orz_async.ops.attention import attend_packed, attend_slots
 from orz_async.ops.delta import delta_apply, delta_encode
+from orz_async.ops.layers import rms_norm, silu_mul
 from orz_async.ops.logprobs import head_logprob, logprob
 from orz_async.ops.losses import ppo_head, ppo_loss, value_loss
 from orz_async.ops.packing import pack
@@ -34,6 +35,8 @@ __all__ = [
     "pack",
     "ppo_head",
     "ppo_loss",
+    "rms_norm",
+    "silu_mul",
     "value_loss",
     "whiten",
 ]

@@ -29,8 +29,8 @@ bitwise; tensors are contiguous, on one device, and checked by the caller; N may
              -> loss [], grad_hidden_ND | None, grad_weight_VD | None, logprobs_N, entropy_N, statistics
 
 `denominator` is a float32 or float64 tensor, [] or [N]. Rows that are masked out cost nothing, may hold anything, and
-come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attention, and come from `cpu`, or from
-`reference` without the extension::
+come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attention and layers, and come from `cpu`, or
+from `reference` without the extension::
 
     pack(lengths_B int64, max_tokens, num_ranks, (a, b)) -> [rank][microbatch][index]
     delta_encode(new uint16 | uint32, old, threads) -> bytes
@@ -40,6 +40,10 @@ come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attentio
     attend_packed_forward(query_NHD, key_NKD, value_NKD, sequences, scale, window | None, threads)
              -> out_NHD, logsumexp_NH (float64); float32 tensors, here and below
     attend_packed_backward(the same arguments, out_NHD, logsumexp_NH, grad_NHD) -> grad_query, grad_key, grad_value
+    rms_norm_forward(x_ND, weight_D, eps, threads) -> out_ND, inverse_N
+    rms_norm_backward(x_ND, weight_D, eps, inverse_N, grad_ND, threads) -> grad_x_ND, grad_weight_D
+    silu_mul_forward(gate, up, threads) -> out
+    silu_mul_backward(gate, up, grad, threads) -> grad_gate, grad_up
 """
 
 from __future__ import annotations
@@ -66,7 +70,10 @@ TENSOR_OPS = (
     "value_loss",
     "ppo_head",
 )
-HOST_OPS = ("pack", "delta_encode", "delta_apply", "attend_slots", "attend_packed_forward", "attend_packed_backward")
+HOST_OPS = (
+    *("pack", "delta_encode", "delta_apply", "attend_slots", "attend_packed_forward", "attend_packed_backward"),
+    *("rms_norm_forward", "rms_norm_backward", "silu_mul_forward", "silu_mul_backward"),
+)
 MODULES = {
     "reference": "orz_async.ops.reference",
     "cpu": "orz_async.ops.cpu",

@@ -35,6 +35,10 @@ __all__ = [
     "pack",
     "ppo_head",
     "ppo_loss",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "silu_mul_backward",
+    "silu_mul_forward",
     "value_loss",
     "whiten",
 ]
@@ -293,3 +297,42 @@ def attend_packed_backward(
         threads,
     )
     return grad_query_NHD, grad_key_NKD, grad_value_NKD
+
+
+def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, eps: float, threads: int) -> tuple[Tensor, Tensor]:
+    out_ND, inverse_N = torch.empty_like(x_ND), torch.empty(len(x_ND))
+    _C.rms_norm_forward(
+        x_ND.detach().numpy(), weight_D.detach().numpy(), eps, out_ND.numpy(), inverse_N.numpy(), threads
+    )
+    return out_ND, inverse_N
+
+
+def rms_norm_backward(
+    x_ND: Tensor, weight_D: Tensor, eps: float, inverse_N: Tensor, grad_ND: Tensor, threads: int
+) -> tuple[Tensor, Tensor]:
+    grad_x_ND, grad_weight_D = torch.empty_like(x_ND), torch.empty_like(weight_D)
+    _C.rms_norm_backward(
+        x_ND.detach().numpy(),
+        weight_D.detach().numpy(),
+        eps,
+        inverse_N.numpy(),
+        grad_ND.numpy(),
+        grad_x_ND.numpy(),
+        grad_weight_D.numpy(),
+        threads,
+    )
+    return grad_x_ND, grad_weight_D
+
+
+def silu_mul_forward(gate: Tensor, up: Tensor, threads: int) -> Tensor:
+    out = torch.empty_like(gate)
+    _C.silu_mul_forward(gate.detach().numpy(), up.detach().numpy(), out.numpy(), threads)
+    return out
+
+
+def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _C.silu_mul_backward(
+        gate.detach().numpy(), up.detach().numpy(), grad.numpy(), grad_gate.numpy(), grad_up.numpy(), threads
+    )
+    return grad_gate, grad_up

@@ -16,6 +16,12 @@ from orz_async.ops.reference.head import (
     logprob_forward,
     ppo_head,
 )
+from orz_async.ops.reference.layers import (
+    rms_norm_backward,
+    rms_norm_forward,
+    silu_mul_backward,
+    silu_mul_forward,
+)
 from orz_async.ops.reference.loss import ppo_loss, value_loss
 from orz_async.ops.reference.packing import pack
 
@@ -34,6 +40,10 @@ __all__ = [
     "pack",
     "ppo_head",
     "ppo_loss",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "silu_mul_backward",
+    "silu_mul_forward",
     "value_loss",
     "whiten",
 ]
