@@ -301,10 +301,13 @@ def attend_packed_backward(
 
 def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, eps: float, threads: int) -> tuple[Tensor, Tensor]:
     out_ND, inverse_N = torch.empty_like(x_ND), torch.empty(len(x_ND))
-    _C.rms_norm_forward(
-        x_ND.detach().numpy(), weight_D.detach().numpy(), eps, out_ND.numpy(), inverse_N.numpy(), threads
-    )
+    _C.rms_norm_forward(x_ND.detach().numpy(), _copied(weight_D), eps, out_ND.numpy(), inverse_N.numpy(), threads)
     return out_ND, inverse_N
+
+
+def _copied(weight_D: Tensor) -> NDArray[Any]:
+    """A parameter's own memory must not become numpy's: FSDP2 frees it after each layer, which torch then refuses."""
+    return weight_D.detach().clone().numpy()
 
 
 def rms_norm_backward(
@@ -313,7 +316,7 @@ def rms_norm_backward(
     grad_x_ND, grad_weight_D = torch.empty_like(x_ND), torch.empty_like(weight_D)
     _C.rms_norm_backward(
         x_ND.detach().numpy(),
-        weight_D.detach().numpy(),
+        _copied(weight_D),
         eps,
         inverse_N.numpy(),
         grad_ND.numpy(),
