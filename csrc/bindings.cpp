@@ -1,4 +1,4 @@
-// The Python face of csrc/cpu: the only file that knows pybind11. Plain buffers come in, no torch.
+// The Python face of csrc/cpu; with csrc/python all that knows pybind11. Plain buffers come in, no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,50 +11,24 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attend.h"
-#include "cpu/attend_packed.h"
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/dispatch.h"
 #include "cpu/gae.h"
-#include "cpu/layers.h"
 #include "cpu/loss.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
+#include "cpu/sample.h"
 #include "cpu/softmax.h"
+#include "python/attention.h"
+#include "python/decoder.h"
+#include "python/layers.h"
+#include "python/view.h"
 
 namespace py = pybind11;
+using orz::python::View;
 
 namespace {
-
-// A view of a contiguous Python buffer that keeps it alive and locked. Made and destroyed with the GIL held.
-class View {
- public:
-  View(const py::handle& object, const char* name, bool writable = false) : name_(name) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
-      throw py::error_already_set();
-  }
-  View(const View&) = delete;
-  View& operator=(const View&) = delete;
-  ~View() { PyBuffer_Release(&view_); }
-
-  size_t bytes() const { return static_cast<size_t>(view_.len); }
-  uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }
-
-  template <typename T>
-  T* array(size_t count) const {
-    if (bytes() != count * sizeof(T))
-      throw std::invalid_argument(std::string(name_) + ": expected " + std::to_string(count * sizeof(T)) +
-                                  " bytes, found " + std::to_string(bytes()));
-    if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T) != 0)
-      throw std::invalid_argument(std::string(name_) + ": expected an aligned buffer");
-    return reinterpret_cast<T*>(view_.buf);
-  }
-
- private:
-  const char* name_;
-  Py_buffer view_{};
-};
 
 uint32_t crc32c(const py::buffer& data, uint32_t init) {
   const View view(data, "data");
@@ -320,213 +294,29 @@ void value_loss(const py::buffer& values, const py::buffer& old_values, const py
   orz::run_loss(loss, static_cast<int64_t>(count), out, sums);
 }
 
-// Rows of work for one thread at least: a row of the smallest models takes some microseconds.
-constexpr size_t kGrainRows = 16;
-
-void attend_slots(const py::buffer& query, const py::buffer& key, const py::buffer& value, const py::buffer& keys,
-                  const py::buffer& values, const py::buffer& positions, int64_t kv_heads, int64_t dim,
-                  int64_t max_tokens, double scale, int64_t window, const py::buffer& out, int64_t threads) {
-  if (kv_heads < 1 || dim < 1 || max_tokens < 1 || window < 0 || threads < 1)
-    throw std::invalid_argument("attend_slots: expected positive kv_heads, dim, max_tokens and threads, and a window of at least 0");
-  const View query_view(query, "query"), key_view(key, "key"), value_view(value, "value"), positions_view(positions, "positions");
-  const View keys_view(keys, "keys", true), values_view(values, "values", true), out_view(out, "out", true);
-  const size_t rows = positions_view.bytes() / sizeof(int64_t);
-  const size_t row = static_cast<size_t>(kv_heads) * static_cast<size_t>(dim);
-  const size_t slot = row * static_cast<size_t>(max_tokens);
-  const size_t slots = keys_view.bytes() / (slot * sizeof(float));
-  const size_t group = rows == 0 ? 1 : query_view.bytes() / (rows * row * sizeof(float));
-  const orz::attend::Args args{
-      query_view.array<float>(rows * row * group),
-      key_view.array<float>(rows * row),
-      value_view.array<float>(rows * row),
-      keys_view.array<float>(slots * slot),
-      values_view.array<float>(slots * slot),
-      positions_view.array<int64_t>(rows),
-      out_view.array<float>(rows * row * group),
-      static_cast<size_t>(kv_heads),
-      group,
-      static_cast<size_t>(max_tokens),
-      static_cast<size_t>(dim),
-      scale,
-      static_cast<size_t>(window),
+void sample(const py::buffer& logits, const py::buffer& temperatures, const py::buffer& uniforms,
+            const py::buffer& tokens, const py::buffer& logprobs, int64_t threads) {
+  const View logits_view(logits, "logits"), temperatures_view(temperatures, "temperatures");
+  const View uniforms_view(uniforms, "uniforms"), tokens_view(tokens, "tokens", true), logprobs_view(logprobs, "logprobs", true);
+  const size_t rows = temperatures_view.bytes() / sizeof(float);
+  const size_t columns = rows == 0 ? 1 : logits_view.bytes() / (rows * sizeof(float));
+  const orz::sample::Args args{
+      logits_view.array<float>(rows * columns), columns,
+      temperatures_view.array<float>(rows),     uniforms_view.array<double>(rows),
+      tokens_view.array<int64_t>(rows),         logprobs_view.array<float>(rows),
   };
-  if (rows > slots || group == 0)
-    throw std::invalid_argument("attend_slots: expected at most " + std::to_string(slots) + " rows of at least " +
-                                std::to_string(kv_heads) + " heads, found " + std::to_string(rows));
-  for (size_t r = 0; r < rows; ++r)
-    if (args.positions[r] < 0 || args.positions[r] >= max_tokens)
-      throw std::invalid_argument("positions: expected 0 to " + std::to_string(max_tokens - 1) + ", found " +
-                                  std::to_string(args.positions[r]) + " in row " + std::to_string(r));
+  if (columns == 0 || threads < 1)
+    throw std::invalid_argument("sample: expected logits and at least one thread");
   const py::gil_scoped_release release;
-  orz::parallel_ranges(rows, static_cast<size_t>(threads), kGrainRows,
-                       [&](size_t begin, size_t end) { orz::attend::decode(args, begin, end); });
-}
-
-// The views of a packed batch, which must outlive what `packed` makes of them.
-struct PackedViews {
-  View query, key, value, rows, ends, owned;
-
-  PackedViews(const py::buffer& q, const py::buffer& k, const py::buffer& v, const py::buffer& r, const py::buffer& e,
-              const py::buffer& o)
-      : query(q, "query"), key(k, "key"), value(v, "value"), rows(r, "rows"), ends(e, "ends"), owned(o, "owned") {}
-
-  orz::attend::Packed packed(size_t tokens, int64_t kv_heads, int64_t dim, double scale, int64_t window,
-                             int64_t threads) const {
-    if (kv_heads < 1 || dim < 1 || window < 0 || threads < 1)
-      throw std::invalid_argument("attend_packed: expected positive kv_heads, dim and threads, and a window of at least 0");
-    const size_t row = static_cast<size_t>(kv_heads) * static_cast<size_t>(dim);
-    const size_t group = tokens == 0 ? 1 : query.bytes() / (tokens * row * sizeof(float));
-    const size_t sequences = owned.bytes() / sizeof(int64_t), places = rows.bytes() / sizeof(int64_t);
-    const orz::attend::Packed args{
-        query.array<float>(tokens * row * group),
-        key.array<float>(tokens * row),
-        value.array<float>(tokens * row),
-        rows.array<int64_t>(places),
-        ends.array<int64_t>(sequences + 1),
-        owned.array<int64_t>(sequences),
-        sequences,
-        static_cast<size_t>(kv_heads),
-        group,
-        static_cast<size_t>(dim),
-        scale,
-        static_cast<size_t>(window),
-    };
-    for (size_t i = 0; i < places; ++i)
-      if (args.rows[i] < 0 || static_cast<size_t>(args.rows[i]) >= tokens)
-        throw std::invalid_argument("rows: expected 0 to " + std::to_string(tokens) + " (excluded), found " +
-                                    std::to_string(args.rows[i]));
-    bool fits = args.ends[0] == 0 && static_cast<size_t>(args.ends[sequences]) == places;
-    for (size_t b = 0; b < sequences; ++b)
-      fits = fits && args.owned[b] >= 0 && args.ends[b] <= args.ends[b + 1] && args.owned[b] <= args.ends[b + 1] - args.ends[b];
-    if (!fits || group == 0)
-      throw std::invalid_argument("attend_packed: expected `ends` from 0 to the length of `rows`, `owned` within the "
-                                  "sequences, and a multiple of kv_heads heads, found others");
-    return args;
-  }
-};
-
-size_t tokens_of(const View& value, int64_t kv_heads, int64_t dim) {
-  return value.bytes() / std::max<size_t>(1, static_cast<size_t>(kv_heads) * static_cast<size_t>(dim) * sizeof(float));
-}
-
-void attend_packed_forward(const py::buffer& query, const py::buffer& key, const py::buffer& value,
-                           const py::buffer& rows, const py::buffer& ends, const py::buffer& owned, int64_t kv_heads,
-                           int64_t dim, double scale, int64_t window, const py::buffer& out,
-                           const py::buffer& logsumexp, int64_t threads) {
-  const PackedViews views(query, key, value, rows, ends, owned);
-  const View out_view(out, "out", true), logsumexp_view(logsumexp, "logsumexp", true);
-  const size_t tokens = tokens_of(views.value, kv_heads, dim);
-  const orz::attend::Packed args = views.packed(tokens, kv_heads, dim, scale, window, threads);
-  auto* to = out_view.array<float>(tokens * args.heads() * args.dim);
-  auto* sums = logsumexp_view.array<double>(tokens * args.heads());
-  const py::gil_scoped_release release;
-  orz::parallel_ranges(args.kv_heads, static_cast<size_t>(threads), 1,
-                       [&](size_t begin, size_t end) { orz::attend::forward(args, to, sums, begin, end); });
-}
-
-void attend_packed_backward(const py::buffer& query, const py::buffer& key, const py::buffer& value,
-                            const py::buffer& rows, const py::buffer& ends, const py::buffer& owned, int64_t kv_heads,
-                            int64_t dim, double scale, int64_t window, const py::buffer& out,
-                            const py::buffer& logsumexp, const py::buffer& grad_out, const py::buffer& grad_query,
-                            const py::buffer& grad_key, const py::buffer& grad_value, int64_t threads) {
-  const PackedViews views(query, key, value, rows, ends, owned);
-  const View out_view(out, "out"), logsumexp_view(logsumexp, "logsumexp"), grad_out_view(grad_out, "grad_out");
-  const View grad_query_view(grad_query, "grad_query", true), grad_key_view(grad_key, "grad_key", true);
-  const View grad_value_view(grad_value, "grad_value", true);
-  const size_t tokens = tokens_of(views.value, kv_heads, dim);
-  const orz::attend::Packed args = views.packed(tokens, kv_heads, dim, scale, window, threads);
-  const size_t queries = tokens * args.heads() * args.dim, keys = tokens * args.kv_heads * args.dim;
-  const orz::attend::Gradients to{
-      out_view.array<float>(queries),          logsumexp_view.array<double>(tokens * args.heads()),
-      grad_out_view.array<float>(queries),     grad_query_view.array<float>(queries),
-      grad_key_view.array<float>(keys),        grad_value_view.array<float>(keys),
-  };
-  const py::gil_scoped_release release;
-  orz::parallel_ranges(args.kv_heads, static_cast<size_t>(threads), 1,
-                       [&](size_t begin, size_t end) { orz::attend::backward(args, to, begin, end); });
-}
-
-orz::layers::Norm norm_of(const View& x, const View& weight, double eps) {
-  const size_t dim = weight.bytes() / sizeof(float);
-  if (dim == 0) throw std::invalid_argument("weight: expected at least one element, found none");
-  const size_t rows = x.bytes() / (dim * sizeof(float));
-  return {x.array<float>(rows * dim), weight.array<float>(dim), rows, dim, eps};
-}
-
-void rms_norm_forward(const py::buffer& x, const py::buffer& weight, double eps, const py::buffer& out,
-                      const py::buffer& inverse, int64_t threads) {
-  const View x_view(x, "x"), weight_view(weight, "weight"), out_view(out, "out", true);
-  const View inverse_view(inverse, "inverse", true);
-  const orz::layers::Norm args = norm_of(x_view, weight_view, eps);
-  auto* to = out_view.array<float>(args.rows * args.dim);
-  auto* scales = inverse_view.array<float>(args.rows);
-  const py::gil_scoped_release release;
-  orz::parallel_ranges(args.rows, static_cast<size_t>(threads), orz::layers::kBlockRows,
-                       [&](size_t begin, size_t end) { orz::layers::norm_forward(args, to, scales, begin, end); });
-}
-
-void rms_norm_backward(const py::buffer& x, const py::buffer& weight, double eps, const py::buffer& inverse,
-                       const py::buffer& grad_out, const py::buffer& grad_x, const py::buffer& grad_weight,
-                       int64_t threads) {
-  const View x_view(x, "x"), weight_view(weight, "weight"), inverse_view(inverse, "inverse");
-  const View grad_out_view(grad_out, "grad_out"), grad_x_view(grad_x, "grad_x", true);
-  const View grad_weight_view(grad_weight, "grad_weight", true);
-  const orz::layers::Norm args = norm_of(x_view, weight_view, eps);
-  const auto* scales = inverse_view.array<float>(args.rows);
-  const auto* slopes = grad_out_view.array<float>(args.rows * args.dim);
-  auto* to = grad_x_view.array<float>(args.rows * args.dim);
-  auto* sums = grad_weight_view.array<float>(args.dim);
-  const py::gil_scoped_release release;
-  std::vector<float> parts(args.blocks() * args.dim);
-  orz::parallel_ranges(args.blocks(), static_cast<size_t>(threads), 1, [&](size_t begin, size_t end) {
-    orz::layers::norm_backward(args, scales, slopes, to, parts.data(), begin, end);
-  });
-  for (size_t d = 0; d < args.dim; ++d) {
-    double sum = 0.0;
-    for (size_t block = 0; block < args.blocks(); ++block) sum += static_cast<double>(parts[block * args.dim + d]);
-    sums[d] = static_cast<float>(sum);
-  }
-}
-
-// Elements a thread takes at least, and whole numbers of which it takes: vectors then begin at the same places whoever
-// computes them, and so do the elements that are left over for the scalar path.
-constexpr size_t kGrainElements = 8192;
-
-template <typename Work>
-void parallel_elements(size_t count, int64_t threads, const Work& work) {
-  orz::parallel_ranges((count + kGrainElements - 1) / kGrainElements, static_cast<size_t>(threads), 1,
-                       [&](size_t begin, size_t end) {
-                         work(begin * kGrainElements, std::min(count, end * kGrainElements));
-                       });
-}
-
-void silu_mul_forward(const py::buffer& gate, const py::buffer& up, const py::buffer& out, int64_t threads) {
-  const View gate_view(gate, "gate"), up_view(up, "up"), out_view(out, "out", true);
-  const size_t count = gate_view.bytes() / sizeof(float);
-  const float *g = gate_view.array<float>(count), *u = up_view.array<float>(count);
-  auto* to = out_view.array<float>(count);
-  const py::gil_scoped_release release;
-  parallel_elements(count, threads,
-                    [&](size_t begin, size_t end) { orz::layers::gate_forward(g, u, to, begin, end); });
-}
-
-void silu_mul_backward(const py::buffer& gate, const py::buffer& up, const py::buffer& grad_out,
-                       const py::buffer& grad_gate, const py::buffer& grad_up, int64_t threads) {
-  const View gate_view(gate, "gate"), up_view(up, "up"), grad_view(grad_out, "grad_out");
-  const View grad_gate_view(grad_gate, "grad_gate", true), grad_up_view(grad_up, "grad_up", true);
-  const size_t count = gate_view.bytes() / sizeof(float);
-  const float *g = gate_view.array<float>(count), *u = up_view.array<float>(count), *dy = grad_view.array<float>(count);
-  float *to_gate = grad_gate_view.array<float>(count), *to_up = grad_up_view.array<float>(count);
-  const py::gil_scoped_release release;
-  parallel_elements(count, threads, [&](size_t begin, size_t end) {
-    orz::layers::gate_backward(g, u, dy, to_gate, to_up, begin, end);
-  });
+  orz::parallel_ranges(rows, static_cast<size_t>(threads), kGrainLogits / columns + 1,
+                       [&](size_t begin, size_t end) { orz::sample::draw(args, begin, end); });
 }
 
 std::vector<std::string> features() {
   std::vector<std::string> names;
   if (orz::has_sse42()) names.emplace_back("sse4.2");
   if (orz::has_avx2()) names.emplace_back("avx2");
+  if (orz::has_avx512()) names.emplace_back("avx512");
   return names;
 }
 
@@ -552,22 +342,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("slopes"), py::arg("stats"));
   m.def("value_loss", &value_loss, py::arg("values"), py::arg("old_values"), py::arg("returns"),
         py::arg("mask").none(true), py::arg("denominator"), py::arg("clip"), py::arg("slopes"), py::arg("stats"));
-  m.def("attend_slots", &attend_slots, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("keys"),
-        py::arg("values"), py::arg("positions"), py::arg("kv_heads"), py::arg("dim"), py::arg("max_tokens"),
-        py::arg("scale"), py::arg("window"), py::arg("out"), py::arg("threads"));
-  m.def("attend_packed_forward", &attend_packed_forward, py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("rows"), py::arg("ends"), py::arg("owned"), py::arg("kv_heads"), py::arg("dim"), py::arg("scale"),
-        py::arg("window"), py::arg("out"), py::arg("logsumexp"), py::arg("threads"));
-  m.def("attend_packed_backward", &attend_packed_backward, py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("rows"), py::arg("ends"), py::arg("owned"), py::arg("kv_heads"), py::arg("dim"), py::arg("scale"),
-        py::arg("window"), py::arg("out"), py::arg("logsumexp"), py::arg("grad_out"), py::arg("grad_query"),
-        py::arg("grad_key"), py::arg("grad_value"), py::arg("threads"));
-  m.def("rms_norm_forward", &rms_norm_forward, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
-        py::arg("inverse"), py::arg("threads"));
-  m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("inverse"),
-        py::arg("grad_out"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("threads"));
-  m.def("silu_mul_forward", &silu_mul_forward, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("threads"));
-  m.def("silu_mul_backward", &silu_mul_backward, py::arg("gate"), py::arg("up"), py::arg("grad_out"),
-        py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"));
+  orz::python::define_layers(m);
+  m.def("sample", &sample, py::arg("logits"), py::arg("temperatures"), py::arg("uniforms"), py::arg("tokens"),
+        py::arg("logprobs"), py::arg("threads"));
+  orz::python::define_decoder(m);
   m.def("features", &features);
 }

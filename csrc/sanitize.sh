@@ -23,6 +23,7 @@ fi
 for build in "${builds[@]}"; do wait "$build"; done
 
 ASAN_OPTIONS=detect_stack_use_after_return=1 "$out/memory"
+ORZ_AVX2=1 "$out/memory"
 ORZ_SCALAR=1 "$out/memory"
 "$out/threads"
 if [[ -n $python ]]; then

@@ -1,5 +1,6 @@
 """The C++ core (csrc/): plain buffers in and out, no torch. Every function releases the GIL while it works."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -167,6 +168,46 @@ def silu_mul_backward(
     gate: Buffer, up: Buffer, grad_out: Buffer, grad_gate: Buffer, grad_up: Buffer, threads: int
 ) -> None:
     """Fills `grad_gate` and `grad_up`."""
+
+def sample(
+    logits: Buffer, temperatures: Buffer, uniforms: Buffer, tokens: Buffer, logprobs: Buffer, threads: int
+) -> None:
+    """As ops.sample: float32 logits [R, V], float32 temperatures [R], float64 uniforms [R]; fills int64 tokens [R] and
+    float32 logprobs [R]."""
+
+class Decoder:
+    """As ops.Decoder, with a packed copy of the weights.
+
+    `shape` is vocabulary, width, heads, kv_heads, head_dim, width of the MLP, positions. A layer is (attention_norm,
+    qkv, query_norm | None, key_norm | None, out, mlp_norm, gate_up, down, window), a linear map (weight, bias | None);
+    window 0: none. All float32.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        eps: float,
+        scale: float,
+        embedding: Buffer,
+        cos: Buffer,
+        sin: Buffer,
+        layers: Sequence[tuple[Any, ...]],
+        norm: Buffer,
+        head: tuple[Buffer, Buffer | None],
+    ) -> None: ...
+    def step(
+        self,
+        tokens: Buffer,
+        starts: Buffer,
+        slots: Buffer,
+        positions: Buffer,
+        caches: Sequence[tuple[Buffer, Buffer]],
+        max_tokens: int,
+        logits: Buffer,
+        threads: int,
+    ) -> None:
+        """int64 [N], [S + 1], [S], [S]; float32 caches [slots, kv_heads, max_tokens, head_dim], written in place;
+        fills `logits` [S, vocabulary]."""
 
 def features() -> list[str]:
     """Instruction sets this build uses on this machine."""

@@ -30,6 +30,7 @@ struct Args {
   size_t dim;
   double scale;
   size_t window;        // keys a query sees, itself included; 0: all before it
+  const int64_t* slots;  // [rows], or null: row r is in slot r. Rows of one slot are in the order of their positions
 };
 
 inline double dot_scalar(const double* query, const float* key, size_t begin, size_t dim) {
@@ -128,9 +129,10 @@ inline void decode(const Args& args, size_t begin, size_t end) {
   std::vector<float> weights(args.max_tokens);
   for (size_t row = begin; row < end; ++row) {
     const size_t position = static_cast<size_t>(args.positions[row]);
+    const size_t slot = args.slots == nullptr ? row : static_cast<size_t>(args.slots[row]);
     const size_t first = args.window != 0 && position + 1 > args.window ? position + 1 - args.window : 0;
     for (size_t h = 0; h < args.kv_heads; ++h) {
-      const size_t cache = (row * args.kv_heads + h) * args.max_tokens * args.dim;
+      const size_t cache = (slot * args.kv_heads + h) * args.max_tokens * args.dim;
       const size_t packed = (row * args.kv_heads + h) * args.dim;
       std::copy_n(args.key + packed, args.dim, args.keys + cache + position * args.dim);
       std::copy_n(args.value + packed, args.dim, args.values + cache + position * args.dim);

@@ -25,6 +25,54 @@ def refused(call: Any, *arguments: Any) -> None:
     raise AssertionError(f"{call.__name__} took {arguments}")
 
 
+def decoder(core: Any) -> None:
+    """Three sequences of a network of one layer: 11 tokens, width 8, two heads of 4 over one, 6 wide inside."""
+
+    def zeros(*shape: int) -> Any:
+        return np.zeros(shape, np.float32)
+
+    parts = (zeros(8), (zeros(16, 8), zeros(16)), zeros(4), None, (zeros(8, 8), None), zeros(8), (zeros(12, 8), None))
+    layer = (*parts, (zeros(8, 6), zeros(8)), 3)
+    sizes, table = (11, 8, 2, 1, 4, 6, 20), zeros(20, 4)
+    rest = (zeros(8), (zeros(11, 8), np.ones(11, np.float32)))
+    made = core.Decoder(sizes, 1e-6, 0.5, zeros(11, 8), table, table, [layer], *rest)
+    refused(core.Decoder, (11, 8, 2, 1, 4, 6, 0), 1e-6, 0.5, zeros(11, 8), table, table, [layer], *rest)
+    refused(core.Decoder, sizes[:6], 1e-6, 0.5, zeros(11, 8), table, table, [layer], *rest)
+    refused(core.Decoder, (11, 8, 3, 2, 4, 6, 20), 1e-6, 0.5, zeros(11, 8), table, table, [layer], *rest)
+    refused(core.Decoder, sizes, 1e-6, 0.5, zeros(10, 8), table, table, [layer], *rest)
+    refused(core.Decoder, sizes, 1e-6, 0.5, zeros(11, 8), table, table, [layer[:8]], *rest)
+    refused(core.Decoder, sizes, 1e-6, 0.5, zeros(11, 8), table, table, [(*layer[:8], -1)], *rest)
+
+    tokens, starts, slots, places = (
+        np.array([0, 10, 3, 4, 5]),
+        np.array([0, 1, 2, 5]),
+        np.array([0, 4, 2]),
+        np.zeros(3, int),
+    )
+    caches, logits = [(zeros(5, 1, 16, 4), zeros(5, 1, 16, 4))], zeros(3, 11)
+    made.step(tokens, starts, slots, places + 13, caches, 16, logits, 2)
+    assert (logits == 1).all()
+    made.step(tokens[:0], starts[:1], slots[:0], places[:0], caches, 16, logits[:0], 1)
+    bad = (
+        (tokens + 1, starts, slots, places, caches, 16, logits),
+        (tokens - 1, starts, slots, places, caches, 16, logits),
+        (tokens[:4], starts, slots, places, caches, 16, logits),
+        (tokens, starts[[0, 2, 1, 3]], slots, places, caches, 16, logits),
+        (tokens, starts[:3], slots, places, caches, 16, logits),
+        (tokens, starts, slots * 0, places, caches, 16, logits),
+        (tokens, starts, slots + 1, places, caches, 16, logits),
+        (tokens, starts, slots - 1, places, caches, 16, logits),
+        (tokens, starts, slots, places + 14, caches, 16, logits),
+        (tokens, starts, slots, places - 1, caches, 16, logits),
+        (tokens, starts, slots, places, [], 16, logits),
+        (tokens, starts, slots, places, [(caches[0][0], caches[0][1][:4])], 16, logits),
+        (tokens, starts, slots, places, caches, 0, logits),
+        (tokens, starts, slots, places, caches, 16, logits[:2]),
+    )
+    for arguments in bad:
+        refused(made.step, *arguments, 1)
+
+
 def main(path: str) -> None:
     core = load(path)
     draw = np.random.default_rng(0)
@@ -117,6 +165,21 @@ def main(path: str) -> None:
     core.silu_mul_backward(x, x, x, made, np.empty_like(x), 2)
     refused(core.silu_mul_forward, x, x[1:], made, 1)
     refused(core.silu_mul_backward, x, x, x, made[1:], made, 1)
+
+    probs = draw.standard_normal((6, 9), dtype=np.float32)
+    warm, uniforms, chosen, said = (
+        np.ones(6, np.float32),
+        draw.random(6),
+        np.empty(6, np.int64),
+        np.empty(6, np.float32),
+    )
+    core.sample(probs, warm, uniforms, chosen, said, 2)
+    assert ((chosen >= 0) & (chosen < 9)).all() and (said < 0).all()
+    refused(core.sample, probs[:5], warm, uniforms, chosen, said, 1)
+    refused(core.sample, probs, warm, uniforms[:5], chosen, said, 1)
+    refused(core.sample, probs, warm, uniforms, chosen, said, 0)
+    refused(core.sample, probs[:, :0], warm, uniforms, chosen, said, 1)
+    decoder(core)
     print("csrc/tests: bindings passed", core.features())
 
 

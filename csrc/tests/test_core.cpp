@@ -1,5 +1,5 @@
-// Unit tests of csrc/cpu without Python, so that sanitizers see all of it. Run by csrc/sanitize.sh, once as the machine
-// allows and once with ORZ_SCALAR=1. Buffers are allocated to size, so that one element too far is an error.
+// Unit tests of csrc/cpu without Python, so that sanitizers see all of it. Run by csrc/sanitize.sh as the machine
+// allows, with ORZ_AVX2=1 and with ORZ_SCALAR=1. Buffers are allocated to size, so that one element too far is an error.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,27 +20,10 @@
 #include "cpu/loss.h"
 #include "cpu/pack.h"
 #include "cpu/softmax.h"
+#include "tests/check.h"
+#include "tests/test_decode.h"
 
 namespace {
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (false)
-
-using Rng = std::mt19937_64;
-
-bool near(double a, double b, double tolerance) { return std::abs(a - b) <= tolerance * (1.0 + std::abs(b)); }
-
-std::vector<float> normal(Rng& rng, size_t count, float scale = 1.0f) {
-  std::normal_distribution<float> draw(0.0f, scale);
-  std::vector<float> values(count);
-  for (float& value : values) value = draw(rng);
-  return values;
-}
 
 // Against sums in float64; with a window, grouped heads, and dims that end inside a vector.
 void test_attend() {
@@ -54,7 +37,7 @@ void test_attend() {
       std::vector<float> keys = normal(rng, cached), values = normal(rng, cached), out(packed * group);
       const double scale = 1.0 / std::sqrt(static_cast<double>(dim));
       orz::attend::decode({query.data(), key.data(), value.data(), keys.data(), values.data(), positions, out.data(),
-                           kv_heads, group, max_tokens, dim, scale, window}, 0, rows);
+                           kv_heads, group, max_tokens, dim, scale, window, nullptr}, 0, rows);
       for (size_t r = 0; r < rows; ++r)
         for (size_t h = 0; h < kv_heads * group; ++h) {
           const size_t slot = (r * kv_heads + h / group) * max_tokens, last = static_cast<size_t>(positions[r]);
@@ -388,6 +371,9 @@ int main() {
   test_attend();
   test_attend_packed();
   test_layers();
+  test_gemm();
+  test_decode();
+  test_sample();
   test_crc32c();
   test_gae();
   test_pack();
@@ -396,6 +382,7 @@ int main() {
   test_delta_round_trips<uint16_t>();
   test_delta_round_trips<uint32_t>();
   test_delta_against_forgeries();
-  std::printf("csrc/tests: passed (%s%s)\n", orz::has_avx2() ? "avx2" : "scalar", orz::has_sse42() ? ", sse4.2" : "");
+  const char* widest = orz::has_avx512() ? "avx512" : orz::has_avx2() ? "avx2" : "scalar";
+  std::printf("csrc/tests: passed (%s%s)\n", widest, orz::has_sse42() ? ", sse4.2" : "");
   return 0;
 }

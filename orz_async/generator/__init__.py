@@ -14,7 +14,8 @@ daemon.py   the loop; workload.py and held.py the leases on their way, incoming.
 engine.py   all that an inference engine has to offer
 transformers_engine.py   the embedded one: continuous batching over any Hugging Face causal language model. It packs
             (batch.py) what its running sequences (rows.py) need into one forward (model.py) over a cache of slots
-            (attention.py, kv_cache.py), samples (sampler.py) and looks for stop strings (stop.py)
+            (attention.py, kv_cache.py), samples (sampler.py) and looks for stop strings (stop.py). A small model on
+            CPU is computed by one call of C++ (fused.py)
 vllm_engine.py   vLLM, in processes of its own: vllm_loop.py runs its asyncio engine in a thread, vllm_weights.py hands
             it versions in flight, vllm_shim.py is all that is asked of it by name, vllm_options.py what may be set.
             vllm_plugin.py and vllm_transfer.py run inside vLLM's processes, which find them by entry point;

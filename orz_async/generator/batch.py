@@ -1,9 +1,9 @@
-"""Packing: which tokens one forward computes and which logits it returns, from NumPy to tensors."""
+"""Which tokens one forward computes and which logits it returns; packing them, from NumPy to tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,23 @@ that a rollout's bits do not depend on how many others run."""
 _ROUND_PREFIX = 16
 """The same for the keys of a prefix: one vector of the widest machine."""
 
-_NONE: NDArray[np.int64] = np.zeros(0, np.int64)
+
+def _none() -> NDArray[np.int64]:
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward computes: one token each for slots 0, 1, ... and whole prefixes."""
+
+    decode_tokens: NDArray[np.integer[Any]] = field(default_factory=_none)
+    decode_positions: NDArray[np.int64] = field(default_factory=_none)
+    prefixes: Sequence[NDArray[np.integer[Any]]] = ()
+    """Distinct ones."""
+    slots: Sequence[int] = ()
+    """Slots that get a prefix."""
+    source: Sequence[int] = ()
+    """The prefix that each of these slots gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +54,15 @@ class Batch:
     slots: SlotBatch
 
 
-def pack_batch(
-    cache: KVCache,
-    *,
-    device: torch.device,
-    decode_tokens: NDArray[np.integer[Any]] = _NONE,
-    decode_positions: NDArray[np.int64] = _NONE,
-    prefixes: Sequence[NDArray[np.integer[Any]]] = (),
-    slots: Sequence[int] = (),
-    source: Sequence[int] = (),
-) -> Batch:
-    """One token each for slots 0, 1, ... and whole `prefixes`; prefix source[i] is written to slot slots[i].
-
-    The rows of the result's logits are the decode rows, then slots[0], slots[1], ...
-    """
-    rows = len(decode_tokens)
+def pack_batch(work: Work, cache: KVCache, device: torch.device) -> Batch:
+    """The rows of the result's logits are the decode rows, then slots[0], slots[1], ..."""
+    rows, prefixes, source = len(work.decode_tokens), work.prefixes, work.source
     lengths_U = np.fromiter(map(len, prefixes), np.int64, len(prefixes))
     starts_U = rows + np.cumsum(lengths_U) - lengths_U
     used = rows + int(lengths_U.sum())
     tokens_N = np.zeros(_round_up(used, _ROUND), np.int64)
     positions_N = np.zeros(len(tokens_N), np.int64)
-    tokens_N[:rows], positions_N[:rows] = decode_tokens, decode_positions
+    tokens_N[:rows], positions_N[:rows] = work.decode_tokens, work.decode_positions
     for start, prefix in zip(starts_U, prefixes, strict=True):
         tokens_N[start : start + len(prefix)] = prefix
         positions_N[start : start + len(prefix)] = np.arange(len(prefix))
@@ -79,8 +83,8 @@ def pack_batch(
             cache=cache,
             num_decode=rows,
             positions_R=tensor(positions_N[:rows]),
-            places_R=decode_positions,
-            prefixes=_prefixes(starts_U, lengths_U, slots, source, device) if prefixes else None,
+            places_R=work.decode_positions,
+            prefixes=_prefixes(starts_U, lengths_U, work.slots, source, device) if prefixes else None,
         ),
     )
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from orz_async.errors import EngineError, ModelError
-from orz_async.generator import attention
-from orz_async.generator.batch import Batch, pack_batch
+from orz_async.generator import attention, fused
+from orz_async.generator.batch import Work, pack_batch
 from orz_async.generator.kv_cache import KVCache
 from orz_async.generator.parameters import match_tensors, served_tensors
 
@@ -87,11 +87,17 @@ class SlotModel:
         self.device = model.device
         self.vocab_size = int(config.vocab_size)
         self.cache = KVCache(slots, max_tokens, int(config.num_hidden_layers))
+        self._fused = self._fuse()
         self._check_against_plain_forward()
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, work: Work) -> Tensor:
         """Logits [rows, V]: the decode rows, then the slots of the prefixes. Keys and values go to the cache."""
+        return self._packed(work) if self._fused is None else self._fused.forward(work)
+
+    @torch.inference_mode()
+    def _packed(self, work: Work) -> Tensor:
+        """`forward` by the model's own code, with attention over the slot cache."""
+        batch = pack_batch(work, self.cache, self.device)
         logits_1KV = self.model(
             input_ids=batch.tokens_1N,
             position_ids=batch.positions_1N,
@@ -101,6 +107,9 @@ class SlotModel:
         ).logits
         logits_BV: Tensor = logits_1KV[0].index_select(0, batch.logits_rows)
         return logits_BV
+
+    def _fuse(self) -> fused.FusedModel | None:
+        return fused.FusedModel(self.model, self.cache) if fused.fits(self.model) else None
 
     def load(self, tensors: Mapping[str, Tensor]) -> str:
         """Replace every parameter and persistent buffer and return the digest of the result.
@@ -131,6 +140,7 @@ class SlotModel:
                     f"tensor {spec.name!r}: expected to serve checksum {expected.checksum:08x} ({expected.dtype}, "
                     f"{list(expected.shape)}), the model holds {spec.checksum:08x} ({spec.dtype}, {list(spec.shape)})"
                 )
+        self._fused = self._fuse()
         return digest_of(specs)
 
     def _check_against_plain_forward(self) -> None:
@@ -140,23 +150,24 @@ class SlotModel:
             found, plain = self._both_ways()
         except TypeError as error:
             raise ModelError(f"{name} does not take what this engine passes ({error}); use --engine vllm") from error
-        difference = float((found - plain).abs().max() / plain.abs().max().clamp(min=1.0))
+        difference = max(float((one - plain).abs().max() / plain.abs().max().clamp(min=1.0)) for one in found)
         if not difference <= _CHECK_TOLERANCE.get(self.model.dtype, 1e-1):
             raise ModelError(
                 f"{name} computes other logits over the slot cache than by itself (relative difference "
                 f"{difference:.1e}): its attention is of a kind this engine does not know; use --engine vllm"
             )
 
-    def _both_ways(self) -> tuple[Tensor, Tensor]:
-        """Logits of the second half of some tokens: over the cache, and by one plain forward."""
+    def _both_ways(self) -> tuple[list[Tensor], Tensor]:
+        """Logits of the second half of some tokens: over the cache, in each way there is, and by one plain forward."""
         length = min(_CHECK_TOKENS, self.cache.max_tokens)
         tokens = torch.arange(1, length + 1) * 7919 % self.vocab_size
         split = max(length // 2, 1)
-        steps = [pack_batch(self.cache, prefixes=[tokens[:split].numpy()], slots=[0], source=[0], device=self.device)]
+        steps = [Work(prefixes=[tokens[:split].numpy()], slots=[0], source=[0])]
         for position in range(split, length):
             last, at = tokens[position : position + 1].numpy(), torch.tensor([position]).numpy()
-            steps.append(pack_batch(self.cache, decode_tokens=last, decode_positions=at, device=self.device))
-        found = torch.cat([self.forward(step) for step in steps]).float()
+            steps.append(Work(decode_tokens=last, decode_positions=at))
+        ways = [self._packed] if self._fused is None else [self._packed, self._fused.forward]
+        found = [torch.cat([way(step) for step in steps]).float() for way in ways]
         self.model.set_attn_implementation("eager")
         with torch.inference_mode():
             plain = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0, split - 1 :].float()

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orz_async import ops
 from orz_async.broker.messages import LeaseRef, Progress
 from orz_async.errors import EngineError
-from orz_async.generator.batch import Batch, pack_batch
+from orz_async.generator.batch import Work
 from orz_async.generator.engine import LeaseError, Partial, Sample, check_lease, ref_of
 from orz_async.generator.model import SlotModel
 from orz_async.generator.rows import Rows
-from orz_async.generator.sampler import sample, uniforms
+from orz_async.generator.sampler import uniforms
 from orz_async.generator.stop import StopMatcher
 from orz_async.records import Finish, Lease, as_int32
 
@@ -98,10 +99,10 @@ class TransformersEngine:
         if self._rows.stale.any():
             self._recompute_kv()
             return []
-        batch = self._admit()
-        if batch is None:
+        work = self._admit()
+        if work is None:
             return []
-        tokens_B, logprobs_B = self._sample(batch)
+        tokens_B, logprobs_B = self._sample(work)
         self._rows.append(tokens_B, logprobs_B)
         self._tokens_sampled += len(tokens_B)
         return self._retire(tokens_B, logprobs_B)
@@ -133,7 +134,7 @@ class TransformersEngine:
         self._failed.clear()
         self._model.cache.release()
 
-    def _admit(self) -> Batch | None:
+    def _admit(self) -> Work | None:
         """Fill free rows from the queues; the next forward: a token for each running row, the prompts of new ones."""
         running, now = self._rows.count, time.monotonic()
         prompts: dict[bytes, int] = {}  # samples of one prompt are computed once and written to all their slots
@@ -150,9 +151,7 @@ class TransformersEngine:
         if not self._rows.count:
             return None
         last = self._rows.length[:running] - 1
-        return pack_batch(
-            self._model.cache,
-            device=self._model.device,
+        return Work(
             decode_tokens=self._rows.tokens[np.arange(running), last],
             decode_positions=last,
             prefixes=[as_int32(prompt) for prompt in prompts],
@@ -169,9 +168,7 @@ class TransformersEngine:
         fit = max(1, int(np.searchsorted(np.cumsum(lengths), self._prefill_tokens, side="right")))
         chosen = stale[:fit]
         self._model.forward(
-            pack_batch(
-                self._model.cache,
-                device=self._model.device,
+            Work(
                 prefixes=[self._rows.tokens[row, :length] for row, length in zip(chosen, lengths, strict=False)],
                 slots=chosen.tolist(),
                 source=range(fit),
@@ -180,11 +177,11 @@ class TransformersEngine:
         self._rows.stale[chosen] = False
         self._rows.work[chosen] += lengths[:fit]
 
-    def _sample(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _sample(self, work: Work) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rows, count = self._rows, self._rows.count
         draws_B = uniforms(rows.seed[:count], rows.length[:count] - rows.prompt_length[:count])
-        logits_BV = self._model.forward(batch)
-        tokens_B, logprobs_B = sample(
+        logits_BV = self._model.forward(work)
+        tokens_B, logprobs_B = ops.sample(
             logits_BV,
             torch.from_numpy(rows.temperature[:count]).to(logits_BV.device),
             torch.from_numpy(draws_B).to(logits_BV.device),

@@ -29,8 +29,8 @@ bitwise; tensors are contiguous, on one device, and checked by the caller; N may
              -> loss [], grad_hidden_ND | None, grad_weight_VD | None, logprobs_N, entropy_N, statistics
 
 `denominator` is a float32 or float64 tensor, [] or [N]. Rows that are masked out cost nothing, may hold anything, and
-come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attention and layers, and come from `cpu`, or
-from `reference` without the extension::
+come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for what is called a tensor, and come from `cpu`,
+or from `reference` without the extension::
 
     pack(lengths_B int64, max_tokens, num_ranks, (a, b)) -> [rank][microbatch][index]
     delta_encode(new uint16 | uint32, old, threads) -> bytes
@@ -44,6 +44,9 @@ from `reference` without the extension::
     rms_norm_backward(x_ND, weight_D, eps, inverse_N, grad_ND, threads) -> grad_x_ND, grad_weight_D
     silu_mul_forward(gate, up, threads) -> out
     silu_mul_backward(gate, up, grad, threads) -> grad_gate, grad_up
+    decoder(network) -> step(tokens_N int64, starts_S1, slots_S, positions_S, caches, threads)
+             -> logits_SV, a tensor as those of the network and the caches, which are written in place
+    sample(logits_RV float32, temperatures_R float32, uniforms_R float64, threads) -> tokens_R, logprobs_R; tensors
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ TENSOR_OPS = (
 HOST_OPS = (
     *("pack", "delta_encode", "delta_apply", "attend_slots", "attend_packed_forward", "attend_packed_backward"),
     *("rms_norm_forward", "rms_norm_backward", "silu_mul_forward", "silu_mul_backward"),
+    *("decoder", "sample"),
 )
 MODULES = {
     "reference": "orz_async.ops.reference",

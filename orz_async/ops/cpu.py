@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orz_async import _C
 from orz_async.ops import reference
+from orz_async.ops.cpu_decoder import decoder
 from orz_async.ops.reference import head, moments, whiten
 from orz_async.ops.sequences import Sequences
 from orz_async.ops.stats import PPO_FIELDS, VALUE_FIELDS
@@ -24,6 +25,7 @@ __all__ = [
     "attend_packed_backward",
     "attend_packed_forward",
     "attend_slots",
+    "decoder",
     "delta_apply",
     "delta_encode",
     "gae",
@@ -39,6 +41,7 @@ __all__ = [
     "rms_norm_forward",
     "silu_mul_backward",
     "silu_mul_forward",
+    "sample",
     "value_loss",
     "whiten",
 ]
@@ -339,3 +342,16 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor, threads: int) -> t
         gate.detach().numpy(), up.detach().numpy(), grad.numpy(), grad_gate.numpy(), grad_up.numpy(), threads
     )
     return grad_gate, grad_up
+
+
+def sample(logits_RV: Tensor, temperatures_R: Tensor, uniforms_R: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    tokens_R, logprobs_R = torch.empty(len(logits_RV), dtype=torch.int64), torch.empty(len(logits_RV))
+    _C.sample(
+        logits_RV.contiguous().numpy(),
+        temperatures_R.numpy(),
+        uniforms_R.numpy(),
+        tokens_R.numpy(),
+        logprobs_R.numpy(),
+        threads,
+    )
+    return tokens_R, logprobs_R

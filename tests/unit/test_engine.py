@@ -22,10 +22,10 @@ from generator_support import (
 from orz_async.errors import ConfigError, EngineError, ModelError
 from orz_async.generator.engine import LeaseError, Sample, ref_of
 from orz_async.generator.kv_cache import KVCache
-from orz_async.generator.sampler import sample as draw
 from orz_async.generator.sampler import uniforms
 from orz_async.generator.transformers_engine import TransformersEngine
 from orz_async.learner.parallel import full_state
+from orz_async.ops import sample as draw
 from orz_async.records import Span, as_int32
 from orz_async.weights.snapshot import state_digest
 
@@ -249,16 +249,18 @@ def test_a_lease_that_can_never_run_is_refused(bad: object, reason: str) -> None
     assert len(finish(engine, [lease(1, prompt=[1] * 60, new=20)])[1].response) == 20
 
 
-def test_logits_that_are_not_finite_fail_their_lease_only() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_that_are_not_finite_fail_their_lease_only(fused: bool) -> None:
     model = tiny_model("llama")
-
-    def poison(_module: object, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        return torch.where((args[0] == 5)[..., None], torch.inf, out)
-
-    model.model.embed_tokens.register_forward_hook(poison)
+    if not fused:  # a hook is a reason to run the model's own code
+        model.model.norm.register_forward_hook(lambda *_: None)
     healthy = [lease(n, prompt=[1, 2, n], new=2) for n in (0, 1, 2, 3)]
-    expected = finish(make_engine(tiny_model("llama"), slots=3), healthy)
+    expected = finish(make_engine(model, slots=3), healthy)
     engine = make_engine(model, slots=3)
+    with torch.no_grad():  # such a token comes from nowhere: weights that are not finite are refused
+        engine._model.model.model.embed_tokens.weight[5] = torch.inf
+    engine._model._fused = engine._model._fuse()
+    assert (engine._model._fused is not None) == fused
     engine.submit(lease(7, prompt=[1, 5]))
     engine.submit(lease(8, prompt=[5, 5]))
     for one in healthy:
@@ -391,6 +393,21 @@ def test_a_cache_larger_than_the_machine_is_refused() -> None:
     cache = KVCache(slots=1 << 20, max_tokens=1 << 20, num_layers=2)
     with pytest.raises(ConfigError, match=r"GiB.*lower --slots"):
         cache.layer(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_slot_is_copied_whatever_its_dtype(dtype: torch.dtype) -> None:
+    cache = KVCache(slots=3, max_tokens=32, num_layers=1)
+    with torch.inference_mode():
+        key, value = cache.layer(0, *torch.zeros(2, 1, 2, 1, 8, dtype=dtype).unbind())
+        key[2], value[2] = torch.randn(2, 32, 8).to(dtype), torch.randn(2, 32, 8).to(dtype)
+    cache.move(2, 0, 5)
+    for one in (key, value):
+        assert torch.equal(one[0, :, :5], one[2, :, :5])
+        assert not one[0, :, 5:].any()
+        assert not one[1].any()
+    cache.clear(2)
+    assert not key[2].any()
 
 
 def test_close_forgets_everything() -> None:

@@ -14,9 +14,10 @@ from orz_async.broker.messages import Welcome
 from orz_async.errors import ConfigError, ModelError, PeerLostError
 from orz_async.generator.__main__ import address_of, daemon_of, model_of, parser, settings_of, vocab_size_of
 from orz_async.generator.attention import split_keys
-from orz_async.generator.sampler import sample, uniforms
+from orz_async.generator.sampler import uniforms
 from orz_async.generator.serving import eos_tokens
 from orz_async.generator.stop import StopMatcher
+from orz_async.ops import sample
 from orz_async.weights.nccl_fetcher import NcclFetcher
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from orz_async.ops.reference.advantage import gae, moments, whiten
 from orz_async.ops.reference.attention import attend_packed_backward, attend_packed_forward, attend_slots
+from orz_async.ops.reference.decoding import decoder
 from orz_async.ops.reference.delta import delta_apply, delta_encode
 from orz_async.ops.reference.head import (
     head_logprob_backward,
@@ -24,11 +25,13 @@ from orz_async.ops.reference.layers import (
 )
 from orz_async.ops.reference.loss import ppo_loss, value_loss
 from orz_async.ops.reference.packing import pack
+from orz_async.ops.reference.sampling import sample
 
 __all__ = [
     "attend_packed_backward",
     "attend_packed_forward",
     "attend_slots",
+    "decoder",
     "delta_apply",
     "delta_encode",
     "gae",
@@ -44,6 +47,7 @@ __all__ = [
     "rms_norm_forward",
     "silu_mul_backward",
     "silu_mul_forward",
+    "sample",
     "value_loss",
     "whiten",
 ]
