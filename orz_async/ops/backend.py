@@ -29,8 +29,8 @@ bitwise; tensors are contiguous, on one device, and checked by the caller; N may
              -> loss [], grad_hidden_ND | None, grad_weight_VD | None, logprobs_N, entropy_N, statistics
 
 `denominator` is a float32 or float64 tensor, [] or [N]. Rows that are masked out cost nothing, may hold anything, and
-come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for what is called a tensor, and come from `cpu`,
-or from `reference` without the extension::
+come back as 0. `HOST_OPS` work on host memory, in numpy arrays but for attention, layers and what is called a tensor,
+and come from `cpu`, or from `reference` without the extension::
 
     pack(lengths_B int64, max_tokens, num_ranks, (a, b)) -> [rank][microbatch][index]
     delta_encode(new uint16 | uint32, old, threads) -> bytes
