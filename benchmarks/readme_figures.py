@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks import peers
 from benchmarks.e2e import STRICT
 from benchmarks.learning import LAST
 from benchmarks.newest import Absent, Results, Rows
@@ -77,6 +78,30 @@ def overlap_idle(r: Results) -> str:
     rows = r.rows("e2e", "e2e overlap")
     told = (f"{variant}: {rows[variant]['notes']['bottleneck_idle']:.1%}" for variant in compared)
     return f"{', '.join(told)} ({rows[STRICT]['notes']['bottleneck']})"
+
+
+PEER_TASKS = ("demo", "long tail")
+
+
+def peers_rate(r: Results) -> str:
+    """Rollouts/s of TRL, then ours as a multiple, turn by turn."""
+    told = []
+    for task in PEER_TASKS:
+        rows = r.rows("peers", f"peers, {task}")
+        without, with_critic = rows.ratio(peers.GRPO), rows.ratio(peers.PPO)
+        told.append(f"{task}: TRL {rows.median(peers.TRL):.0f}, ours {without:.1f} x, with critic {with_critic:.1f} x")
+    return "; ".join(told)
+
+
+def peers_time(r: Results) -> str:
+    told = []
+    for task in PEER_TASKS:
+        rows = r.rows("peers", f"peers, {task}, to {peers.TARGET:.0%}")
+        seconds = {side: f"{rows.median(side):.0f} s" for side in (peers.TRL, peers.GRPO, peers.PPO)}
+        told.append(
+            f"{task}: TRL {seconds[peers.TRL]}, ours {seconds[peers.GRPO]}, with critic {seconds[peers.PPO]}"
+        )
+    return "; ".join(told)
 
 
 def time_to_accuracy(r: Results) -> str:

@@ -76,6 +76,12 @@ MEASURED = (
     Line("training time to 90 % held-out accuracy, two generators", figures.time_to_accuracy, "the same run"),
     Line(f"rollouts/s of the demo's recipe, steps {SKIP + 1} to {STEPS}", figures.throughput, "the same run"),
     Line(
+        "rollouts/s, TRL's GRPO and ours: same model, problems, rollouts an update, two cores",
+        figures.peers_rate,
+        "`make peers-dev`, then `python -m benchmarks.run peers`",
+    ),
+    Line("training time to 90 % held-out accuracy, the same sides", figures.peers_time, "the same run"),
+    Line(
         "reward at the end, S = 0 to 8, clip around the behaviour / the proximal policy",
         figures.learning,
         "`python -m benchmarks.run learning`, mean over seeds",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import demo, promises, readme_figures, readme_lines, storm
+from benchmarks import demo, peers, promises, readme_figures, readme_lines, storm
 from benchmarks.e2e import STRICT
 from benchmarks.newest import DEVICES, Absent, Results
 from benchmarks.protocol import row
@@ -233,6 +233,18 @@ def test_figures_of_the_end_to_end_suite(tmp_path: Path) -> None:
         readme_figures.throughput(Results(tmp_path, devices=("a laptop",)))
 
 
+def test_figures_of_the_peers(tmp_path: Path) -> None:
+    rows = []
+    for task in readme_figures.PEER_TASKS:
+        for side, rate in ((peers.TRL, 100.0), (peers.GRPO, 250.0), (peers.PPO, 120.0)):
+            rows.append(row(f"peers, {task}", side, "rollouts/s", [rate]) | {"ratio_to_first": rate / 100})
+            rows.append(row(f"peers, {task}, to 90%", side, "s", [3000 / rate]))
+    write(tmp_path, "peers", rows)
+    results = Results(tmp_path)
+    assert readme_figures.peers_rate(results).startswith("demo: TRL 100, ours 2.5 x, with critic 1.2 x; long tail: ")
+    assert readme_figures.peers_time(results).endswith("long tail: TRL 30 s, ours 12 s, with critic 25 s")
+
+
 def test_figures_of_learning(tmp_path: Path) -> None:
     def of(variant: str, *rewards: float) -> Row:
         curves = [{"reward": [0.0, value, value, value, value]} for value in rewards]
@@ -264,6 +276,6 @@ def test_every_committed_suite_is_in_the_table() -> None:
             assert line.figure(results)
         except Absent as absent:
             missing.add(str(absent).removeprefix("no result of ").split()[0])
-    for suite in missing - {"e2e"}:  # which says itself what there was no time for
+    for suite in missing - {"e2e", "peers"}:  # which say themselves what there was no time for
         with pytest.raises(Absent):
             results.file(suite)  # a suite with a result has all its lines
