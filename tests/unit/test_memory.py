@@ -15,6 +15,7 @@ import transformers
 
 from orz_async.config import Config, DataConfig, LearnerConfig, ModelConfig, SamplingConfig
 from orz_async.launcher.commands import dry_run
+from orz_async.learner import model as model_module
 from orz_async.learner.memory import QWEN25, Shape, activation_bytes, learner_peak, learner_phases
 from orz_async.learner.model import build_critic, load_policy
 from orz_async.learner.optim import Optimizer
@@ -22,6 +23,13 @@ from orz_async.learner.parallel import World
 from orz_async.learner.trainer import Trainer
 from orz_async.recipes import LAYOUTS, RECIPES
 from orz_async.records import Span, float32_bytes, int32_bytes
+
+
+@pytest.fixture(autouse=True)
+def layers_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is the memory of a GPU, where norms and gates are transformers' own."""
+    monkeypatch.setattr(model_module, "fuse", lambda module: None)
+
 
 SIZES = ((128, 256, 2, 2, 2), (256, 1024, 8, 2, 4), (384, 1024, 6, 6, 6))
 
