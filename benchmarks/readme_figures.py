@@ -98,9 +98,7 @@ def peers_time(r: Results) -> str:
     for task in PEER_TASKS:
         rows = r.rows("peers", f"peers, {task}, to {peers.TARGET:.0%}")
         seconds = {side: f"{rows.median(side):.0f} s" for side in (peers.TRL, peers.GRPO, peers.PPO)}
-        told.append(
-            f"{task}: TRL {seconds[peers.TRL]}, ours {seconds[peers.GRPO]}, with critic {seconds[peers.PPO]}"
-        )
+        told.append(f"{task}: TRL {seconds[peers.TRL]}, ours {seconds[peers.GRPO]}, with critic {seconds[peers.PPO]}")
     return "; ".join(told)
 
 
