@@ -102,6 +102,10 @@ class Engine(Protocol):
     def tokens_sampled(self) -> int:
         """Since the start; it never falls."""
 
+    @property
+    def steps_sampled(self) -> int | None:
+        """Forwards that sampled tokens, since the start; None where an engine that works by itself does not tell."""
+
     def submit(self, lease: Lease) -> None:
         """Queue a lease. LeaseError if it can never run, whatever the weights."""
 

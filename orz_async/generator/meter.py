@@ -29,6 +29,7 @@ class Meter:
             "throughput",
             version=version,
             tokens=tokens,
+            steps=engine.steps_sampled,
             # An engine made anew for another run starts from 0.
             tokens_s=max(0, tokens - self._sampled) / (now - self._since),
             running=len(progress) - queued,

@@ -61,7 +61,7 @@ class TransformersEngine:
         self._queues: dict[str, deque[Lease]] = {"eval": deque(), "train": deque()}
         self._failed: deque[LeaseError] = deque()
         self._version = -1
-        self._tokens_sampled = 0
+        self._tokens_sampled = self._steps_sampled = 0
 
     @property
     def version(self) -> int:
@@ -78,6 +78,10 @@ class TransformersEngine:
     @property
     def tokens_sampled(self) -> int:
         return self._tokens_sampled
+
+    @property
+    def steps_sampled(self) -> int:
+        return self._steps_sampled
 
     def submit(self, lease: Lease) -> None:
         check_lease(lease, self._max_model_tokens, self.vocab_size)
@@ -105,6 +109,7 @@ class TransformersEngine:
         tokens_B, logprobs_B = self._sample(work)
         self._rows.append(tokens_B, logprobs_B)
         self._tokens_sampled += len(tokens_B)
+        self._steps_sampled += 1
         return self._retire(tokens_B, logprobs_B)
 
     def apply(self, version: int, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -120,6 +120,10 @@ class VllmEngine:
         return self._tokens_sampled
 
     @property
+    def steps_sampled(self) -> None:
+        return None
+
+    @property
     def timings(self) -> Mapping[str, float]:
         return self._timings
 

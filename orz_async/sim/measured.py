@@ -25,7 +25,8 @@ SKIPPED = 2
 _BEFORE, _AFTER = ("values", "policy"), ("critic", "audit")
 """States of the learner that grow with the tokens, before and after it publishes early."""
 _BUSY = 0.5
-"""Of a second: a second with less generation than that says little of the engine's speed."""
+"""Of a second: where the engine does not count its steps, one with less generation says little of its speed, for how
+many sequences ran is known at its ends only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,10 @@ def _seconds_of(events: list[Event], name: str) -> list[tuple[float, float, floa
     for before, after in pairwise(e for e in own if e["kind"] == "throughput"):
         tokens = after["tokens"] - before["tokens"]
         spent = sum(_share(stretch, before["t"], after["t"]) for stretch in busy)
+        steps = (after.get("steps") or 0) - (before.get("steps") or 0)
+        if steps > 0:
+            samples.append((tokens / steps, spent / steps, float(tokens)))
+            continue
         rows = (before["running"] + after["running"]) / 2
         if tokens > 0 and rows >= 1 and spent > _BUSY * (after["t"] - before["t"]):
             samples.append((rows, spent * rows / tokens, float(tokens)))

@@ -85,7 +85,7 @@ class FakeEngine:
         self.version = -1
         self.applied: list[int] = []
         self.vocab_size = 48
-        self.tokens_sampled = 0
+        self.tokens_sampled = self.steps_sampled = 0
         self.timings = {"load_s": 0.25}
         self.leases: dict[LeaseRef, Lease] = {}
         self.spans: dict[LeaseRef, list[Span]] = {}
@@ -112,6 +112,7 @@ class FakeEngine:
 
     def poll(self) -> list[Sample]:
         done = []
+        self.steps_sampled += bool(self.leases)
         for ref in self.running():
             one = self.leases[ref]
             if 13 in np.frombuffer(one.prompt, np.int32):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from orz_async.config_toml import to_toml
 from orz_async.errors import ConfigError, ModelError
 from orz_async.records import Span, Trajectory, float32_bytes, int32_bytes
 from orz_async.sim import planner
-from orz_async.sim.measured import measure
+from orz_async.sim.measured import _decode, measure
 from orz_async.sim.memory import generator_memory, learner_memory
 from orz_async.sim.models import EngineModel, LearnerModel, LengthModel
 from orz_async.sim.planner import Candidate, Forecast, Pools, coarse_forecast, forecast, recommend, splits
@@ -254,3 +255,20 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dispatch(["plan", *argv])
+
+
+def test_an_engine_that_counts_its_steps_is_measured_though_it_is_mostly_idle() -> None:
+    """In turn 10 steps of 8 rows and 20 of 2, 1 ms each and 0.5 ms a row; when it reports, nothing runs."""
+    events: list[dict[str, Any]] = []
+    tokens = steps = 0
+    for second in range(6):
+        count, rows = ((20, 2), (10, 8))[second % 2]
+        tokens, steps = tokens + count * rows, steps + count
+        seconds = {"generate": count * (0.001 + 0.0005 * rows), "wait_leases": 0.9}
+        own = {"t": 100.0 + second, "process": "generator-g0"}
+        events.append(own | {"kind": "timeline", "seconds": seconds})
+        events.append(own | {"kind": "throughput", "tokens": tokens, "steps": steps, "running": 0, "queued": 0})
+    step_s, row_s = _decode(events)
+    assert (step_s, row_s) == (pytest.approx(0.001, rel=0.05), pytest.approx(0.0005, rel=0.05))
+    with pytest.raises(ConfigError, match="expected seconds in which a generator was busy"):
+        _decode([{**event, "steps": None} for event in events])
