@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def main() -> None:
         str(options.steps),
     ]
     argv += ["--generator.engine", "vllm", "--generator.python", options.python, *extra]
+    # What an earlier run there said of its processes must not be read as this one's: a process is killed for it.
+    shutil.rmtree(options.run_dir / "events", ignore_errors=True)
     launcher = subprocess.Popen(argv)
     late = None
     try:
