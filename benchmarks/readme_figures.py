@@ -249,7 +249,8 @@ def ppo_head(r: Results) -> str:
 def report(r: Results) -> str:
     rows = r.rows("report", "report")
     cpu, memory, page = (rows.median(f"1,000 steps x 8,192 rollouts, {unit}") for unit in ("cpu s", "MiB", "MB page"))
-    return f"{cpu:.1f} s of CPU, {memory:.0f} MiB, a page of {page:.1f} MB"
+    small = rows.median("100 steps x 128 rollouts, s")
+    return f"{cpu:.1f} s of CPU, {memory:.0f} MiB, a page of {page:.1f} MB; of 100 steps x 128 in {small:.1f} s"
 
 
 def sent(r: Results) -> str:

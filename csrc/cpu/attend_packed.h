@@ -1,6 +1,6 @@
-// Causal attention within the sequences of a packed batch, forward and backward, without padding and without a matrix of
-// scores: the attention of the learner on a CPU. Sequences may share leading rows (the prompt of several samples), which
-// are queries once, in the first sequence that has them, and keys of all.
+// Causal attention within the sequences of a packed batch, forward and backward, without padding and without a matrix
+// of scores: the attention of the learner on a CPU. Sequences may share leading rows (the prompt of several samples),
+// which are queries once, in the first sequence that has them, and keys of all.
 //
 // Products of queries and keys are summed in float64 (see _Attend in orz_async/ops/attention.py); the rest is float32.
 #pragma once
@@ -31,6 +31,10 @@ struct Packed {
 
   size_t heads() const { return kv_heads * group; }
   size_t length(size_t b) const { return static_cast<size_t>(ends[b + 1] - ends[b]); }
+  // The packed row of a position of sequence b.
+  size_t row(size_t b, size_t position) const {
+    return static_cast<size_t>(rows[static_cast<size_t>(ends[b]) + position]);
+  }
   size_t first_seen(size_t position) const {
     return window != 0 && position + 1 > window ? position + 1 - window : 0;
   }
@@ -38,23 +42,20 @@ struct Packed {
 
 // Of one sequence and key head: its rows of a [tokens, kv_heads, dim] tensor, next to each other.
 inline void gather(const Packed& args, size_t b, size_t kv_head, const float* from, std::vector<float>& to) {
-  const int64_t* rows = args.rows + args.ends[b];
   to.resize(args.length(b) * args.dim);
   for (size_t k = 0; k < args.length(b); ++k)
-    std::copy_n(from + (static_cast<size_t>(rows[k]) * args.kv_heads + kv_head) * args.dim, args.dim,
-                to.data() + k * args.dim);
+    std::copy_n(from + (args.row(b, k) * args.kv_heads + kv_head) * args.dim, args.dim, to.data() + k * args.dim);
 }
 
 inline void scatter_add(const Packed& args, size_t b, size_t kv_head, const std::vector<float>& from, float* to) {
-  const int64_t* rows = args.rows + args.ends[b];
   for (size_t k = 0; k < args.length(b); ++k) {
-    float* out = to + (static_cast<size_t>(rows[k]) * args.kv_heads + kv_head) * args.dim;
+    float* out = to + (args.row(b, k) * args.kv_heads + kv_head) * args.dim;
     for (size_t d = 0; d < args.dim; ++d) out[d] += from[k * args.dim + d];
   }
 }
 
-// Key heads [begin, end) of all sequences: out [tokens, heads, dim] and the logarithm of the sum of exp(score), [tokens,
-// heads].
+// Key heads [begin, end) of all sequences: out [tokens, heads, dim] and the logarithm of the sum of exp(score),
+// [tokens, heads].
 inline void forward(const Packed& args, float* out, double* logsumexp, size_t begin, size_t end) {
   std::vector<float> keys, values, weights;
   std::vector<double> scores, scaled(args.dim);
@@ -66,7 +67,7 @@ inline void forward(const Packed& args, float* out, double* logsumexp, size_t be
       gather(args, b, h, args.key, keys);
       gather(args, b, h, args.value, values);
       for (size_t i = static_cast<size_t>(args.owned[b]); i < length; ++i) {
-        const size_t first = args.first_seen(i), row = static_cast<size_t>(args.rows[static_cast<size_t>(args.ends[b]) + i]);
+        const size_t first = args.first_seen(i), row = args.row(b, i);
         for (size_t g = 0; g < args.group; ++g) {
           const size_t at = row * args.heads() + h * args.group + g;
           logsumexp[at] = head(args.query + at * args.dim, keys.data() + first * args.dim,
@@ -174,7 +175,7 @@ inline void backward(const Packed& args, const Gradients& to, size_t begin, size
       grad_keys.assign(length * args.dim, 0.0f);
       grad_values.assign(length * args.dim, 0.0f);
       for (size_t i = static_cast<size_t>(args.owned[b]); i < length; ++i) {
-        const size_t first = args.first_seen(i), row = static_cast<size_t>(args.rows[static_cast<size_t>(args.ends[b]) + i]);
+        const size_t first = args.first_seen(i), row = args.row(b, i);
         const size_t from = first * args.dim;
         for (size_t g = 0; g < args.group; ++g)
           backward_head(args, to, row * args.heads() + h * args.group + g, keys.data() + from, values.data() + from,

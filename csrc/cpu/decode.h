@@ -151,8 +151,8 @@ class Block {
     turn(query, net_.kv_heads, stride, layer.key_norm, key_.data());
     for (size_t r = 0; r < rows(); ++r) std::copy_n(&product_[r * stride + query + key], key, &value_[r * key]);
     attend::decode({query_.data(), key_.data(), value_.data(), cache.keys, cache.values, places_.data(),
-                    attended_.data(), net_.kv_heads, net_.heads / net_.kv_heads, step_.max_tokens, net_.dim, net_.scale, layer.window,
-                    slots_.data()},
+                    attended_.data(), net_.kv_heads, net_.heads / net_.kv_heads, step_.max_tokens, net_.dim,
+                    net_.scale, layer.window, slots_.data()},
                    0, rows());
     gemm::multiply(attended_.data(), query, rows(), layer.out, product_.data());
     add_product(layer.out.stride());

@@ -1,5 +1,5 @@
-// The elementwise parts of a Llama-like layer on a CPU, forward and backward: RMSNorm (Zhang and Sennrich 2019, eq. 4) and
-// the gate silu(gate) * up of SwiGLU (Shazeer 2020, eq. 6). One pass over memory where torch makes five to ten.
+// The elementwise parts of a Llama-like layer on a CPU, forward and backward: RMSNorm (Zhang and Sennrich 2019, eq. 4)
+// and the gate silu(gate) * up of SwiGLU (Shazeer 2020, eq. 6). One pass over memory where torch makes five to ten.
 #pragma once
 
 #include <algorithm>
@@ -86,7 +86,6 @@ inline void norm_backward(const Norm& args, const float* inverse, const float* g
   }
 }
 
-// 1 / (1 + exp(-x)) by the exp of softmax.h, which turns what is below exp(-87) into 0.
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 inline void gate_forward_scalar(const float* gate, const float* up, float* out, size_t begin, size_t end) {
@@ -109,7 +108,8 @@ ORZ_TARGET_AVX2 inline __m256 sigmoid8(__m256 x) {
   return _mm256_div_ps(one, _mm256_add_ps(one, softmax::exp8(_mm256_xor_ps(x, _mm256_set1_ps(-0.0f)))));
 }
 
-ORZ_TARGET_AVX2 inline void gate_forward_avx2(const float* gate, const float* up, float* out, size_t begin, size_t end) {
+ORZ_TARGET_AVX2 inline void gate_forward_avx2(const float* gate, const float* up, float* out, size_t begin,
+                                              size_t end) {
   size_t i = begin;
   for (; i + 8 <= end; i += 8) {
     const __m256 g = _mm256_loadu_ps(gate + i);

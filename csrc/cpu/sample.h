@@ -1,5 +1,5 @@
-// One token a row by inverse CDF, and its log-probability. The rule is that of orz_async/ops/reference/sampling.py: both
-// sums are float64 and run over the vocabulary in turn, so that a draw below 1 stays below the total.
+// One token a row by inverse CDF, and its log-probability. The rule is that of orz_async/ops/reference/sampling.py:
+// both sums are float64 and run over the vocabulary in turn, so that a draw below 1 stays below the total.
 #pragma once
 
 #include <algorithm>

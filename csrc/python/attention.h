@@ -18,12 +18,15 @@ namespace orz::python {
 // Rows of work for one thread at least: a row of the smallest models takes some microseconds.
 constexpr size_t kGrainRows = 16;
 
-inline void attend_slots(const py::buffer& query, const py::buffer& key, const py::buffer& value, const py::buffer& keys,
-                         const py::buffer& values, const py::buffer& positions, int64_t kv_heads, int64_t dim,
-                         int64_t max_tokens, double scale, int64_t window, const py::buffer& out, int64_t threads) {
+inline void attend_slots(const py::buffer& query, const py::buffer& key, const py::buffer& value,
+                         const py::buffer& keys, const py::buffer& values, const py::buffer& positions,
+                         int64_t kv_heads, int64_t dim, int64_t max_tokens, double scale, int64_t window,
+                         const py::buffer& out, int64_t threads) {
   if (kv_heads < 1 || dim < 1 || max_tokens < 1 || window < 0 || threads < 1)
-    throw std::invalid_argument("attend_slots: expected positive kv_heads, dim, max_tokens and threads, and a window of at least 0");
-  const View query_view(query, "query"), key_view(key, "key"), value_view(value, "value"), positions_view(positions, "positions");
+    throw std::invalid_argument("attend_slots: expected positive kv_heads, dim, max_tokens and threads, and a window "
+                                "of at least 0");
+  const View query_view(query, "query"), key_view(key, "key"), value_view(value, "value");
+  const View positions_view(positions, "positions");
   const View keys_view(keys, "keys", true), values_view(values, "values", true), out_view(out, "out", true);
   const size_t rows = positions_view.bytes() / sizeof(int64_t);
   const size_t row = static_cast<size_t>(kv_heads) * static_cast<size_t>(dim);
@@ -69,7 +72,8 @@ struct PackedViews {
   orz::attend::Packed packed(size_t tokens, int64_t kv_heads, int64_t dim, double scale, int64_t window,
                              int64_t threads) const {
     if (kv_heads < 1 || dim < 1 || window < 0 || threads < 1)
-      throw std::invalid_argument("attend_packed: expected positive kv_heads, dim and threads, and a window of at least 0");
+      throw std::invalid_argument("attend_packed: expected positive kv_heads, dim and threads, and a window of at "
+                                  "least 0");
     const size_t row = static_cast<size_t>(kv_heads) * static_cast<size_t>(dim);
     const size_t group = tokens == 0 ? 1 : query.bytes() / (tokens * row * sizeof(float));
     const size_t sequences = owned.bytes() / sizeof(int64_t), places = rows.bytes() / sizeof(int64_t);
@@ -93,7 +97,8 @@ struct PackedViews {
                                     std::to_string(args.rows[i]));
     bool fits = args.ends[0] == 0 && static_cast<size_t>(args.ends[sequences]) == places;
     for (size_t b = 0; b < sequences; ++b)
-      fits = fits && args.owned[b] >= 0 && args.ends[b] <= args.ends[b + 1] && args.owned[b] <= args.ends[b + 1] - args.ends[b];
+      fits = fits && args.owned[b] >= 0 && args.ends[b] <= args.ends[b + 1] &&
+             args.owned[b] <= args.ends[b + 1] - args.ends[b];
     if (!fits || group == 0)
       throw std::invalid_argument("attend_packed: expected `ends` from 0 to the length of `rows`, `owned` within the "
                                   "sequences, and a multiple of kv_heads heads, found others");
@@ -106,8 +111,8 @@ inline size_t tokens_of(const View& value, int64_t kv_heads, int64_t dim) {
 }
 
 inline void attend_packed_forward(const py::buffer& query, const py::buffer& key, const py::buffer& value,
-                                  const py::buffer& rows, const py::buffer& ends, const py::buffer& owned, int64_t kv_heads,
-                                  int64_t dim, double scale, int64_t window, const py::buffer& out,
+                                  const py::buffer& rows, const py::buffer& ends, const py::buffer& owned,
+                                  int64_t kv_heads, int64_t dim, double scale, int64_t window, const py::buffer& out,
                                   const py::buffer& logsumexp, int64_t threads) {
   const PackedViews views(query, key, value, rows, ends, owned);
   const View out_view(out, "out", true), logsumexp_view(logsumexp, "logsumexp", true);
@@ -121,10 +126,11 @@ inline void attend_packed_forward(const py::buffer& query, const py::buffer& key
 }
 
 inline void attend_packed_backward(const py::buffer& query, const py::buffer& key, const py::buffer& value,
-                                   const py::buffer& rows, const py::buffer& ends, const py::buffer& owned, int64_t kv_heads,
-                                   int64_t dim, double scale, int64_t window, const py::buffer& out,
-                                   const py::buffer& logsumexp, const py::buffer& grad_out, const py::buffer& grad_query,
-                                   const py::buffer& grad_key, const py::buffer& grad_value, int64_t threads) {
+                                   const py::buffer& rows, const py::buffer& ends, const py::buffer& owned,
+                                   int64_t kv_heads, int64_t dim, double scale, int64_t window, const py::buffer& out,
+                                   const py::buffer& logsumexp, const py::buffer& grad_out,
+                                   const py::buffer& grad_query, const py::buffer& grad_key,
+                                   const py::buffer& grad_value, int64_t threads) {
   const PackedViews views(query, key, value, rows, ends, owned);
   const View out_view(out, "out"), logsumexp_view(logsumexp, "logsumexp"), grad_out_view(grad_out, "grad_out");
   const View grad_query_view(grad_query, "grad_query", true), grad_key_view(grad_key, "grad_key", true);

@@ -86,21 +86,22 @@ inline void check(const decode::Network& net, const decode::Step& step, size_t s
   for (size_t s = 0; s < step.sequences; ++s) {
     const int64_t length = step.starts[s + 1] - step.starts[s], slot = step.slots[s];
     const auto most = static_cast<int64_t>(std::min(net.positions, step.max_tokens));
-    expect(length >= 1, "sequences of at least one token, found " + std::to_string(length));
-    expect(slot >= 0 && static_cast<size_t>(slot) < slots && !taken[static_cast<size_t>(slot)],
-           "each of " + std::to_string(slots) + " slots at most once, found " + std::to_string(slot));
+    // What is wrong is put into words only where something is: a step checks every token.
+    if (length < 1) expect(false, "sequences of at least one token, found " + std::to_string(length));
+    if (slot < 0 || static_cast<size_t>(slot) >= slots || taken[static_cast<size_t>(slot)])
+      expect(false, "each of " + std::to_string(slots) + " slots at most once, found " + std::to_string(slot));
     taken[static_cast<size_t>(slot)] = true;
-    expect(step.positions[s] >= 0 && step.positions[s] <= most - length,
-           "at most " + std::to_string(most) + " tokens, found " + std::to_string(length) + " from position " +
-               std::to_string(step.positions[s]));
+    if (step.positions[s] < 0 || step.positions[s] > most - length)
+      expect(false, "at most " + std::to_string(most) + " tokens, found " + std::to_string(length) + " from position " +
+                        std::to_string(step.positions[s]));
   }
   for (size_t n = 0; n < count; ++n)
-    expect(step.tokens[n] >= 0 && static_cast<size_t>(step.tokens[n]) < net.vocab,
-           "tokens in [0, " + std::to_string(net.vocab) + "), found " + std::to_string(step.tokens[n]));
+    if (step.tokens[n] < 0 || static_cast<size_t>(step.tokens[n]) >= net.vocab)
+      expect(false, "tokens in [0, " + std::to_string(net.vocab) + "), found " + std::to_string(step.tokens[n]));
 }
 
-inline void step(const decode::Network& net, const py::buffer& tokens, const py::buffer& starts, const py::buffer& slots,
-                 const py::buffer& positions, const std::vector<std::pair<py::buffer, py::buffer>>& caches,
+inline void step(const decode::Network& net, const py::buffer& tokens, const py::buffer& starts,
+                 const py::buffer& slots, const py::buffer& positions, const std::vector<std::pair<py::buffer, py::buffer>>& caches,
                  int64_t max_tokens, const py::buffer& logits, int64_t threads) {
   const View tokens_view(tokens, "tokens"), starts_view(starts, "starts"), slots_view(slots, "slots");
   const View positions_view(positions, "positions"), logits_view(logits, "logits", true);
