@@ -152,7 +152,6 @@ def rms_norm_forward(x: Buffer, weight: Buffer, eps: float, out: Buffer, inverse
 def rms_norm_backward(
     x: Buffer,
     weight: Buffer,
-    eps: float,
     inverse: Buffer,
     grad_out: Buffer,
     grad_x: Buffer,

@@ -34,13 +34,13 @@ inline void rms_norm_forward(const py::buffer& x, const py::buffer& weight, doub
                        [&](size_t begin, size_t end) { orz::layers::norm_forward(args, to, scales, begin, end); });
 }
 
-inline void rms_norm_backward(const py::buffer& x, const py::buffer& weight, double eps, const py::buffer& inverse,
+inline void rms_norm_backward(const py::buffer& x, const py::buffer& weight, const py::buffer& inverse,
                               const py::buffer& grad_out, const py::buffer& grad_x, const py::buffer& grad_weight,
                               int64_t threads) {
   const View x_view(x, "x"), weight_view(weight, "weight"), inverse_view(inverse, "inverse");
   const View grad_out_view(grad_out, "grad_out"), grad_x_view(grad_x, "grad_x", true);
   const View grad_weight_view(grad_weight, "grad_weight", true);
-  const orz::layers::Norm args = norm_of(x_view, weight_view, eps);
+  const orz::layers::Norm args = norm_of(x_view, weight_view, 0.0);  // what eps did is in `inverse`
   const auto* scales = inverse_view.array<float>(args.rows);
   const auto* slopes = grad_out_view.array<float>(args.rows * args.dim);
   auto* to = grad_x_view.array<float>(args.rows * args.dim);
@@ -95,7 +95,7 @@ inline void silu_mul_backward(const py::buffer& gate, const py::buffer& up, cons
 inline void define_layers(py::module_& m) {
   m.def("rms_norm_forward", &rms_norm_forward, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
         py::arg("inverse"), py::arg("threads"));
-  m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("inverse"),
+  m.def("rms_norm_backward", &rms_norm_backward, py::arg("x"), py::arg("weight"), py::arg("inverse"),
         py::arg("grad_out"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("threads"));
   m.def("silu_mul_forward", &silu_mul_forward, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("threads"));
   m.def("silu_mul_backward", &silu_mul_backward, py::arg("gate"), py::arg("up"), py::arg("grad_out"),

@@ -41,7 +41,7 @@ and come from `cpu`, or from `reference` without the extension::
              -> out_NHD, logsumexp_NH (float64); float32 tensors, here and below
     attend_packed_backward(the same arguments, out_NHD, logsumexp_NH, grad_NHD) -> grad_query, grad_key, grad_value
     rms_norm_forward(x_ND, weight_D, eps, threads) -> out_ND, inverse_N
-    rms_norm_backward(x_ND, weight_D, eps, inverse_N, grad_ND, threads) -> grad_x_ND, grad_weight_D
+    rms_norm_backward(x_ND, weight_D, inverse_N, grad_ND, threads) -> grad_x_ND, grad_weight_D
     silu_mul_forward(gate, up, threads) -> out
     silu_mul_backward(gate, up, grad, threads) -> grad_gate, grad_up
     decoder(network) -> step(tokens_N int64, starts_S1, slots_S, positions_S, caches, threads)

@@ -314,13 +314,12 @@ def _copied(weight_D: Tensor) -> NDArray[Any]:
 
 
 def rms_norm_backward(
-    x_ND: Tensor, weight_D: Tensor, eps: float, inverse_N: Tensor, grad_ND: Tensor, threads: int
+    x_ND: Tensor, weight_D: Tensor, inverse_N: Tensor, grad_ND: Tensor, threads: int
 ) -> tuple[Tensor, Tensor]:
     grad_x_ND, grad_weight_D = torch.empty_like(x_ND), torch.empty_like(weight_D)
     _C.rms_norm_backward(
         x_ND.detach().numpy(),
         _copied(weight_D),
-        eps,
         inverse_N.numpy(),
         grad_ND.numpy(),
         grad_x_ND.numpy(),

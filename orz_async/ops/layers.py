@@ -16,7 +16,6 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out_ND, inverse_N = backend.selected().host.rms_norm_forward(x_ND, weight_D, eps, torch.get_num_threads())
         ctx.save_for_backward(x_ND, weight_D, inverse_N)
-        ctx.eps = eps
         made: Tensor = out_ND
         return made
 
@@ -26,7 +25,7 @@ class _RmsNorm(torch.autograd.Function):
         x_ND, weight_D, inverse_N = ctx.saved_tensors
         threads = torch.get_num_threads()
         return *backend.selected().host.rms_norm_backward(
-            x_ND, weight_D, ctx.eps, inverse_N, grad_ND.contiguous(), threads
+            x_ND, weight_D, inverse_N, grad_ND.contiguous(), threads
         ), None
 
 

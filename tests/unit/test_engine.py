@@ -228,7 +228,7 @@ def test_progress_grows_with_all_work() -> None:
     engine.poll()
     # Recomputing the cache is work: the prompt and the first of two tokens, the second is decoded next.
     assert [one.tokens for one in engine.progress()] == [9, 0]
-    assert engine.tokens_sampled == 2
+    assert (engine.tokens_sampled, engine.steps_sampled) == (2, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, eps: float, threads: int) -
 
 
 def rms_norm_backward(
-    x_ND: Tensor, weight_D: Tensor, eps: float, inverse_N: Tensor, grad_ND: Tensor, threads: int
+    x_ND: Tensor, weight_D: Tensor, inverse_N: Tensor, grad_ND: Tensor, threads: int
 ) -> tuple[Tensor, Tensor]:
     inverse_N1 = inverse_N[:, None]
     slope_ND = grad_ND * weight_D
